@@ -1,0 +1,274 @@
+"""What all benchmarks share: which samplers to run, the JSON report with its header, and tables made from it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import torch
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from fewstep.core.files import library_version, write_bytes
+from fewstep.core.registry import available, get
+from fewstep.core.sampler import Sampler
+
+FORMAT = "fewstep.bench"
+WIDTH = 240  # columns of what is printed to a file
+REMARK = "remark"  # the column that stands below a table instead of in it
+# what a sampler may raise on a problem that it is not made for, or on which it diverges
+FAILURES = (ValueError, TypeError, RuntimeError, ArithmeticError, NotImplementedError)
+
+
+class Variant(NamedTuple):
+    """One row of a table: a method, the preset its settings come from, and the sampler itself."""
+
+    method: str
+    preset: str
+    sampler: Sampler
+
+
+@dataclass
+class Report:
+    """The result of one benchmark.
+
+    Attributes:
+        benchmark: its name.
+        settings: what it was run with.
+        tables: rows by title of the table; each row maps columns to numbers, strings or None.
+        notes: how to read the numbers, one line each.
+    """
+
+    benchmark: str
+    settings: Mapping[str, Any]
+    tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def write(self, out: str | Path) -> Path:
+        """Write the report with its header to `out` as JSON, atomically."""
+        path = Path(out)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(path, (json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n").encode())
+        return path
+
+    def finish(self, out: str | Path | None) -> Self:
+        """Print the tables, write the report to `out` where given, and return it."""
+        show(self.to_json())
+        if out is not None:
+            self.write(out)
+        return self
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as plain JSON values; numbers that are not finite become strings."""
+        body = {"settings": self.settings, "notes": self.notes, "tables": self.tables}
+        return {"format": FORMAT, "benchmark": self.benchmark, "header": header(), **_plain(body)}
+
+
+def variants(
+    methods: Sequence[str] | None = None, budgets: Sequence[int] | None = None, *, every_preset: bool = True
+) -> Iterator[Variant]:
+    """Yield presets of methods as published, or once per budget with as many steps as its NFE allows.
+
+    Args:
+        methods: "name" or "name:preset"; all that are available where absent.
+        budgets: network calls per sample.
+        every_preset: whether a bare name stands for all presets or for the first alone.
+    """
+    for entry in available() if methods is None else methods:
+        name, _, chosen = entry.partition(":")
+        method = get(name)
+        presets = [chosen] if chosen else list(method.presets)[: None if every_preset else 1]
+        for preset in presets:
+            for budget in budgets or (None,):
+                sampler = method.preset(preset) if budget is None else within(method, preset, budget)
+                if sampler is not None:
+                    yield Variant(name, preset, sampler)
+
+
+def within(method: type[Sampler], preset: str, budget: int) -> Sampler | None:
+    """Return the preset with the most steps that make at most `budget` network calls, None where not even one fits.
+
+    A preset that makes no network calls, or that has no field `steps`, is returned as it is.
+    """
+    published = method.preset(preset)
+    names: set[str] = {f.name for f in fields(published)} if is_dataclass(published) else set()
+    if "steps" not in names or published.nfe == 0:
+        return published
+    low, high = 0, budget
+    while low < high:
+        middle = (low + high + 1) // 2
+        if method.preset(preset, steps=middle).nfe <= budget:
+            low = middle
+        else:
+            high = middle - 1
+    return method.preset(preset, steps=low) if low else None
+
+
+def describe(variant: Variant) -> dict[str, Any]:
+    """Return the columns that name a row: method, preset, steps."""
+    return {"method": variant.method, "preset": variant.preset, "steps": variant.sampler.steps}
+
+
+def failed(error: BaseException) -> str:
+    """Return one line for a cell whose sampler refused or diverged."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def header() -> dict[str, Any]:
+    """Return command, version, commit, machine and date."""
+    return {
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "version": library_version(),
+        "commit": commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": machine(),
+    }
+
+
+def commit() -> str | None:
+    """Return the git commit of the source tree, with "+" where it has changes, or None."""
+    here = Path(__file__).parent
+    try:
+        git = ["git", "-C", str(here)]
+        name = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10)
+        tree = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return name.stdout.strip() + ("+" if tree.stdout.strip() else "")
+
+
+def machine() -> dict[str, Any]:
+    """Return what the seconds depend on."""
+    return {
+        "cpu": _cpu_name(),
+        "cores": _cores(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+    }
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """Return a report written by `Report.write`.
+
+    Raises:
+        ValueError: the file is missing or is no report.
+    """
+    try:
+        report = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as a benchmark report ({error})") from None
+    if not isinstance(report, dict) or report.get("format") != FORMAT:
+        raise ValueError(f"{path} is no benchmark report of fewstep")
+    return report
+
+
+def markdown(path: str | Path) -> str:
+    """Return the tables of a report as Markdown, each under its title, followed by notes and machine."""
+    report = read(path)
+    parts = []
+    for title, rows in report["tables"].items():
+        parts += [f"### {title}", _markdown_table(rows)] if rows else []
+        parts += ["\n".join(f"- {remark}" for remark in remarks(rows))] if remarks(rows) else []
+    parts += ["\n".join(f"- {note}" for note in report["notes"])] if report["notes"] else []
+    head, where = report["header"], report["header"]["machine"]
+    parts.append(
+        f"`{head['command']}`, fewstep {head['version']}, {head['date'][:10]}; {where['gpu'] or where['cpu']}, "
+        f"{where['threads']} threads of {where['cores']} cores, torch {where['torch']}."
+    )
+    return "\n\n".join(parts) + "\n"
+
+
+def show(report: Mapping[str, Any], console: Console | None = None) -> None:
+    """Print the tables of a report (`read` or `Report.to_json`) to the terminal."""
+    console = console or Console()
+    if not console.is_terminal:
+        console.width = max(console.width, WIDTH)
+    for title, rows in report["tables"].items():
+        table = RichTable(title=Text(title), title_justify="left")
+        names = columns(rows)
+        for name in names:
+            table.add_column(Text(name), justify="left" if _is_text(rows, name) else "right")
+        for row in rows:
+            table.add_row(*(Text(cell(row.get(name))) for name in names))
+        console.print(table)
+        for remark in remarks(rows):
+            console.print(f"- {remark}", markup=False, highlight=False)
+    for note in report["notes"]:
+        console.print(note, style="dim", markup=False, highlight=False)
+
+
+def columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the columns of all rows, but the remarks, in the order in which they first appear."""
+    return list(dict.fromkeys(name for row in rows for name in row if name != REMARK))
+
+
+def remarks(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the remarks of all rows, each once, after the names of the rows that have it."""
+    owners: dict[str, list[str]] = {}
+    for row in rows:
+        if row.get(REMARK):
+            name = " ".join(str(row[key]) for key in ("method", "preset") if row.get(key))
+            owners.setdefault(row[REMARK], []).append(name)
+    return [f"{', '.join(dict.fromkeys(names))}: {text}" for text, names in owners.items()]
+
+
+def cell(value: Any) -> str:
+    """Return a value as it stands in a table: three significant digits, nothing for None."""
+    if value is None:
+        return ""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    if isinstance(value, int) or not math.isfinite(value):
+        return str(value)
+    if value != 0 and (abs(value) < 1e-3 or abs(value) >= 1e5):
+        return f"{value:.1e}"
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}" if abs(value) >= 100 else f"{value:.2f}"
+
+
+def _markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    names = columns(rows)
+    marks = ["---" if _is_text(rows, name) else "--:" for name in names]
+    body = [[cell(row.get(name)).replace("|", "\\|") for name in names] for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [names, marks, *body])
+
+
+def _is_text(rows: Sequence[Mapping[str, Any]], name: str) -> bool:
+    return not any(isinstance(row.get(name), int | float) for row in rows)
+
+
+def _plain(value: Any) -> Any:
+    """Return JSON values: tuples as lists, paths as strings, inf and NaN as "inf", "-inf", "nan"."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

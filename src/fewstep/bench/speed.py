@@ -1,0 +1,244 @@
+"""`fewstep bench speed`: what the loop costs over the bare network, and our DPS, DDRM and DiffPIR beside deepinv's.
+
+Times are compared as ratios of runs that alternate in one process, so that whatever else the machine does hits both.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import track
+from torch import Tensor
+
+from fewstep.bench.common import FAILURES, Report, failed, within
+from fewstep.bench.deepinv_samplers import RIVALS, build_rival
+from fewstep.bench.priors import resolve_prior
+from fewstep.core.denoiser import Denoiser
+from fewstep.core.likelihood import Counts
+from fewstep.core.problem import Posterior
+from fewstep.core.registry import available, get
+from fewstep.core.sampler import Sampler
+from fewstep.images import list_photos, load_image
+from fewstep.metrics import psnr
+from fewstep.operators.image import deepinv_physics, image_likelihood, to_unit
+from fewstep.operators.kernels import gaussian_kernel
+
+NOTES = (
+    "loop: time of a sampler over that of the same network calls (and vector-Jacobian products) bare, in alternating "
+    "repeats; the median of the ratios, and their smallest and largest.",
+    "deepinv: its own samplers at its defaults, with our network behind its denoiser interface, the same operator, "
+    "measurement and number of steps; ratio is our time over theirs, calls are network calls. 'equal' runs ours with the "
+    "fields that make the two the same algorithm.",
+    "PSNR against the photograph where a folder was given; it means nothing with prior='random'.",
+    *(f"{name}: {rival.difference}" for name, rival in RIVALS.items()),
+)
+SIGMA = 0.025
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A photograph, an operator of deepinv's and what it measured.
+
+    Attributes:
+        name: of the operator.
+        truth: (1, 3, H, W) in [0, 1].
+        physics: with Gaussian noise of `SIGMA`, decomposable, as deepinv's DDRM wants it.
+        y: measurement in [0, 1] units.
+    """
+
+    name: str
+    truth: Tensor
+    physics: Any
+    y: Tensor
+
+    def problem(self, prior: Denoiser) -> Posterior:
+        """Return the scene as a problem of ours."""
+        return Posterior(prior, image_likelihood(self.y, self.physics, SIGMA))
+
+
+def main(  # noqa: PLR0913 - one parameter is one option
+    out: str | Path | None = None,
+    *,
+    folder: str | Path | None = None,
+    prior: str | Denoiser = "natural",
+    methods: Sequence[str] | None = None,
+    steps: int = 20,
+    repeats: int = 5,
+    size: int = 256,
+    rivals: Sequence[str] = tuple(RIVALS),
+) -> Report:
+    """Measure the loop and compare with deepinv, print the tables, write the JSON report to `out` where given, and return it.
+
+    Args:
+        out: path of the JSON file.
+        folder: its first photograph is restored; a synthetic image where absent.
+        prior: a name or path for `load_prior`, "random" for the network without training, or a denoiser.
+        methods: whose loop is timed, all where absent.
+        steps: network calls of the runs that are timed.
+        repeats: pairs of runs.
+        size: edge of the image.
+        rivals: which of deepinv's samplers to run, of "dps", "ddrm" and "diffpir".
+    """
+    denoiser = resolve_prior(prior)
+    scenes = make_scenes(truth_image(folder, size))
+    loops = [
+        loop_row(name, denoiser, scenes[0], steps, repeats)
+        for name in track(list(available() if methods is None else methods), "loop", transient=True)
+    ]
+    pairs = [(name, scene, equal) for name in rivals for scene in scenes for equal in _settings(name)]
+    versus = [rival_row(*pair, denoiser, steps, repeats) for pair in track(pairs, "deepinv", transient=True)]
+    given = {
+        "folder": folder,
+        "prior": str(prior)[:200],
+        "steps": steps,
+        "repeats": repeats,
+        "size": size,
+        "sigma": SIGMA,
+    }
+    return Report("speed", given, {"Loop over bare network": loops, "Beside deepinv": versus}, NOTES).finish(out)
+
+
+def truth_image(folder: str | Path | None, size: int) -> Tensor:
+    """Return the centre of the first photograph of `folder`, or smooth colours, (1, 3, size, size) in [0, 1]."""
+    if folder is not None:
+        return centre_crop(load_image(list_photos(folder)[0]), size)
+    u = torch.linspace(0, 6, size)
+    return torch.stack([0.5 + 0.4 * torch.sin(u[:, None] * k + u[None]) for k in (1.0, 1.5, 2.0)])[None]
+
+
+def centre_crop(image: Tensor, size: int) -> Tensor:
+    """Return the middle `size` x `size` pixels, (1, 3, size, size); ValueError where the image is smaller."""
+    top, left = ((side - size) // 2 for side in image.shape[-2:])
+    if top < 0 or left < 0:
+        raise ValueError(f"an image of {tuple(image.shape[-2:])} pixels is too small for crops of {size}")
+    return image[..., top : top + size, left : left + size].contiguous()
+
+
+def make_scenes(truth: Tensor) -> list[Scene]:
+    """Return random inpainting of 70 % and Gaussian deblurring of one image, seeded."""
+    library, shape = deepinv_physics(), tuple(truth.shape[1:])
+    g = torch.Generator().manual_seed(0)
+    kept = (torch.rand(1, 1, *shape[1:], generator=g) >= 0.7).float().expand(1, *shape)
+    kernel = gaussian_kernel(1.6).float()
+    operators = {
+        "inpainting 70 %": library.Inpainting(shape, mask=kept, noise_model=library.GaussianNoise(SIGMA)),
+        "gaussian blur": library.BlurFFT(shape, filter=kernel, noise_model=library.GaussianNoise(SIGMA)),
+    }
+    scenes = []
+    for name, physics in operators.items():
+        clean = physics.A(truth)
+        noise = SIGMA * torch.randn(clean.shape, generator=g)
+        scenes.append(
+            Scene(name, truth, physics, physics.A(truth) + (noise * (kept > 0) if "paint" in name else noise))
+        )
+    return scenes
+
+
+def loop_row(name: str, prior: Denoiser, scene: Scene, steps: int, repeats: int) -> dict[str, Any]:
+    """Return the time of one method over that of its bare network calls."""
+    row: dict[str, Any] = {"method": name, "operator": scene.name}
+    try:
+        sampler, problem = _with_budget(name, steps), scene.problem(prior)
+        counts = sampler(problem).counts  # to warm up, and to know what to compare with
+        if not counts.network:
+            return row | {"remark": "makes no network calls"}
+        ours, bare = alternate(
+            lambda: sampler(problem, callback=_ignore), lambda: bare_calls(prior, scene, counts), repeats
+        )
+    except FAILURES as error:
+        return row | {"remark": failed(error)}
+    ratios = [a / b for a, b in zip(ours, bare, strict=True)]
+    return row | {
+        "nfe": counts.network,
+        "vjps": counts.vjp,
+        "seconds": statistics.median(ours),
+        "bare seconds": statistics.median(bare),
+        "ratio": statistics.median(ratios),
+        "ratio min": min(ratios),
+        "ratio max": max(ratios),
+    }
+
+
+def bare_calls(prior: Denoiser, scene: Scene, counts: Counts) -> None:
+    """Make as many network calls and vector-Jacobian products as a run has counted, and nothing else."""
+    x = torch.zeros_like(scene.truth)
+    pulls = -(-counts.vjp // counts.network)
+    for k in range(counts.network):
+        t = torch.tensor((k + 1) / counts.network)
+        if not counts.vjp:
+            with torch.no_grad():
+                prior(x, t)
+            continue
+        leaf = x.clone().requires_grad_()
+        with torch.enable_grad():
+            x0 = prior(leaf, t)
+        for _ in range(pulls):
+            torch.autograd.grad(x0, leaf, x, retain_graph=True)
+
+
+def rival_row(
+    name: str, scene: Scene, equal: dict[str, Any], prior: Denoiser, steps: int, repeats: int
+) -> dict[str, Any]:
+    """Return seconds, network calls and PSNR of our method and of deepinv's on the same measurement."""
+    row: dict[str, Any] = {"method": name, "ours": _words(equal), "operator": scene.name, "steps": steps}
+    try:
+        sampler, problem = get(name)(steps=steps, **equal), scene.problem(prior)  # type: ignore[call-arg]
+        rival, denoiser = build_rival(name, prior, SIGMA, steps)
+        mine, theirs = sampler(problem), _seeded(rival, scene)
+        calls = denoiser.calls
+        ours, other = alternate(lambda: sampler(problem), lambda: _seeded(rival, scene), repeats)
+    except FAILURES as error:
+        return row | {"remark": failed(error)}
+    return row | {
+        "calls": mine.counts.network,
+        "deepinv calls": calls,
+        "seconds": statistics.median(ours),
+        "deepinv seconds": statistics.median(other),
+        "ratio": statistics.median([a / b for a, b in zip(ours, other, strict=True)]),
+        "PSNR": psnr(to_unit(mine.x[:, 0]).clamp(0, 1), scene.truth),
+        "deepinv PSNR": psnr(theirs.float().clamp(0, 1), scene.truth),
+    }
+
+
+def alternate(first: Callable[[], Any], second: Callable[[], Any], repeats: int) -> tuple[list[float], list[float]]:
+    """Return the seconds of `repeats` runs of each, run in turn, the order swapping from pair to pair."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for k in range(repeats):
+        for which in (0, 1) if k % 2 == 0 else (1, 0):
+            begin = time.perf_counter()
+            (first, second)[which]()
+            times[which].append(time.perf_counter() - begin)
+    return times
+
+
+def _seeded(rival: Callable[[Tensor, Any], Tensor], scene: Scene) -> Tensor:
+    """Run deepinv's sampler on the same seed each time without touching the caller's generator."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        return rival(scene.y.clone(), scene.physics).detach()
+
+
+def _with_budget(name: str, steps: int) -> Sampler:
+    """Return the method's first preset at about `steps` network calls; one step where that takes more."""
+    method = get(name)
+    first = next(iter(method.presets))
+    return within(method, first, steps) or method.preset(first, steps=1)
+
+
+def _settings(name: str) -> list[dict[str, Any]]:
+    equal = RIVALS[name].equal
+    return [{}, equal] if equal else [{}]
+
+
+def _words(fields: dict[str, Any]) -> str:
+    return "equal: " + ", ".join(f"{k}={v:g}" for k, v in fields.items()) if fields else "published"
+
+
+def _ignore(done: int, total: int, state: Any) -> None:
+    """A callback that does nothing, as a progress bar would be given one."""

@@ -1,0 +1,115 @@
+"""Training checkpoints: tensors as safetensors, everything else as JSON, no pickle; a folder appears whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load as parse_tensors
+from safetensors.torch import save as dump_tensors
+from torch import Tensor, nn
+
+from fewstep import __version__
+
+KEEP = 2  # checkpoints that stay
+_FORMAT = "fewstep-checkpoint"
+
+
+def write_checkpoint(
+    out: Path, step: int, model: nn.Module, ema: nn.Module, optimizers: Mapping[str, Any], describe: Mapping[str, Any]
+) -> Path:
+    """Write `out`/checkpoints/step_XXXXXXXX and remove all but the last two; return the folder."""
+    root = Path(out) / "checkpoints"
+    final, partial = root / f"step_{step:08d}", root / f".step_{step:08d}.partial"
+    if final.exists():
+        return final
+    for unfinished in root.glob(".step_*.partial"):
+        shutil.rmtree(unfinished)
+    partial.mkdir(parents=True)
+    parts = {"model": model.state_dict(), "ema": ema.state_dict()}
+    parts |= {f"optimizer.{name}": _tensors(state) for name, state in optimizers.items()}
+    hashes = {name: _write(partial / f"{name}.safetensors", tensors) for name, tensors in parts.items()}
+    groups = {name: state["param_groups"] for name, state in optimizers.items()}
+    facts = {"format": _FORMAT, "step": step, "library_version": __version__, "describe": describe}
+    text = json.dumps({**facts, "sha256": hashes, "param_groups": groups}, indent=2)
+    (partial / "state.json").write_text(text, encoding="utf-8")
+    os.replace(partial, final)
+    for old in _folders(root)[:-KEEP]:
+        shutil.rmtree(old)
+    return final
+
+
+def last_checkpoint(out: Path) -> Path | None:
+    """Return the newest complete checkpoint of `out`, or None."""
+    folders = _folders(Path(out) / "checkpoints")
+    return folders[-1] if folders else None
+
+
+def read_checkpoint(
+    folder: Path, model: nn.Module, ema: nn.Module, describe: Mapping[str, Any]
+) -> tuple[int, dict[str, Any]]:
+    """Load `folder` into `model` and `ema`; return the step and the optimisers' states.
+
+    Raises:
+        ValueError: a file is missing or damaged, or the checkpoint is of a run that `describe` does not fit.
+    """
+    try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        recorded, hashes, groups = state["describe"], state["sha256"], state["param_groups"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / 'state.json'} is missing or damaged ({error})") from None
+    _compare(folder, recorded, json.loads(json.dumps(describe)))
+    try:
+        model.load_state_dict(_read(folder / "model.safetensors", hashes["model"]), strict=True)
+        ema.load_state_dict(_read(folder / "ema.safetensors", hashes["ema"]), strict=True)
+    except RuntimeError as error:
+        raise ValueError(f"{folder} does not fit the network: {' '.join(str(error).split())[:300]}") from None
+    read = {name: _read(folder / f"optimizer.{name}.safetensors", hashes[f"optimizer.{name}"]) for name in groups}
+    return state["step"], {name: {"state": _nested(read[name]), "param_groups": groups[name]} for name in groups}
+
+
+def _folders(root: Path) -> list[Path]:
+    return sorted(p for p in root.glob("step_*") if (p / "state.json").is_file())
+
+
+def _compare(folder: Path, recorded: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raise where the run of the checkpoint and the run that resumes differ."""
+    differ = [k for k in sorted({*recorded, *wanted}) if recorded.get(k) != wanted.get(k)]
+    if differ:
+        raise ValueError(f"{folder} belongs to a run with another {', '.join(differ)}; choose another output folder")
+
+
+def _tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Flatten an optimiser's per-parameter state to names that safetensors takes."""
+    return {f"{index}.{name}": value for index, entry in state["state"].items() for name, value in entry.items()}
+
+
+def _nested(tensors: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
+    """Invert `_tensors`."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
+    return state
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    data = dump_tensors({k: v.detach().cpu().contiguous() for k, v in tensors.items()})
+    path.write_bytes(data)
+    return hashlib.sha256(data).hexdigest()
+
+
+def _read(path: Path, expected: str) -> dict[str, Tensor]:
+    try:
+        data = path.read_bytes()
+        if hashlib.sha256(data).hexdigest() != expected:
+            raise ValueError(f"{path} does not match its recorded hash: the file is damaged")
+        return parse_tensors(data)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} cannot be read ({error})") from None

@@ -1,0 +1,193 @@
+"""The command `fewstep`. Everything heavy is imported inside the commands, so that `fewstep --help` answers at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from fewstep.commands.extras import OperatorCommand, operator_options
+
+app = typer.Typer(
+    name="fewstep",
+    help="Posterior samples of a photograph from a diffusion model in a few network calls, with honest uncertainty.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+bench = typer.Typer(help="Benchmarks: what the methods give on problems whose answer is known.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+errors = Console(stderr=True, soft_wrap=True)
+console = Console(soft_wrap=True)
+
+Sigma = Annotated[float | None, typer.Option(help="Noise standard deviation in units of [0, 1] images.")]
+Operator = Annotated[str | None, typer.Option(help="How the photograph was degraded; see `fewstep operators`.")]
+Seed = Annotated[int, typer.Option(help="Sample k depends on the measurement, the seed and k alone.")]
+
+
+@app.command(cls=OperatorCommand)
+def restore(  # noqa: PLR0913, PLR0917 - one parameter is one option
+    context: typer.Context,
+    path: Annotated[Path, typer.Argument(metavar="INPUT", help="A photograph, or a folder of them.")],
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("restored"),
+    operator: Operator = None,
+    sigma: Sigma = None,
+    method: Annotated[str | None, typer.Option(help="The sampler; see `fewstep methods`.")] = None,
+    preset: Annotated[str | None, typer.Option(help="Named settings of the method.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of the method; short for --set steps=N.")] = None,
+    assign: Annotated[list[str] | None, typer.Option("--set", help="field=value of the method; repeatable.")] = None,
+    samples: Annotated[int, typer.Option(help="How many samples.")] = 16,
+    seed: Seed = 0,
+    prior: Annotated[str, typer.Option(help="Name or folder of the prior.")] = "natural",
+    simulate: Annotated[bool, typer.Option("--simulate", help="INPUT is clean: degrade it first, then score.")] = False,
+    level: Annotated[float, typer.Option(help="Probability of the intervals.")] = 0.9,
+    lpips_weights: Annotated[Path | None, typer.Option(help="LPIPS weights, a file or folder.")] = None,
+    window: Annotated[int, typer.Option(help="Side of the windows of the network, pixels; bounds the memory.")] = 512,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; a GPU where there is one.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
+) -> None:
+    """Draw what a photograph may have been, and say how far each pixel can be trusted.
+
+    A JPEG is recognised by itself and restored from its own compression; everything else needs --operator. Options of the
+    operators (--factor, --kernel, ...) are those of `fewstep operators`, further fields of a method go through --set.
+    """
+    from fewstep.commands.restoring import run
+    from fewstep.options import assignments
+    from fewstep.task import DEFAULT_METHOD, Settings
+
+    fields: dict[str, Any] = {**({"steps": steps} if steps is not None else {}), **assignments(assign or [])}
+    chosen = Settings(
+        operator=operator,
+        operator_fields=operator_options(context),
+        sigma=sigma,
+        method=method or DEFAULT_METHOD,
+        preset=preset,
+        method_fields=fields,
+        samples=samples,
+        seed=seed,
+        prior=prior,
+        simulate=simulate,
+        level=level,
+        lpips_weights=str(lpips_weights) if lpips_weights else None,
+        window=window,
+        device=device,
+    )
+    raise typer.Exit(run(path, out, chosen, console, errors, quiet=quiet))
+
+
+@app.command(cls=OperatorCommand)
+def simulate(
+    context: typer.Context,
+    path: Annotated[Path, typer.Argument(metavar="INPUT", help="A clean photograph.")],
+    operator: Annotated[str, typer.Option(help="How to degrade it; see `fewstep operators`.")],
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("simulated"),
+    sigma: Sigma = None,
+    seed: Seed = 0,
+) -> None:
+    """Degrade a photograph: writes measurement.png, measurement.safetensors (exact, floating point) and truth.png."""
+    from fewstep.commands.simulating import run
+
+    run(path, out, operator, operator_options(context), sigma, seed)
+    console.print(f"written to {escape(str(out))}")
+
+
+@app.command()
+def methods(
+    name: Annotated[str | None, typer.Argument(help="One method, with its fields and presets.")] = None,
+    kind: Annotated[str, typer.Option(help="methods (posterior samplers) or solvers (prior samplers).")] = "methods",
+) -> None:
+    """List the methods: source, what they need of the operator, network calls, what they converge to."""
+    from fewstep.commands import listing
+
+    console.print(listing.one_method(name, kind) if name else listing.all_methods(kind))
+
+
+@app.command()
+def operators(name: Annotated[str | None, typer.Argument(help="One operator.")] = None) -> None:
+    """List the operators and their options."""
+    from fewstep.commands import listing
+
+    console.print(listing.operator_table(name))
+
+
+@app.command()
+def cite(
+    name: Annotated[str, typer.Argument(help="A method.")],
+    kind: Annotated[str, typer.Option(help="methods or solvers.")] = "methods",
+) -> None:
+    """Print the BibTeX entry of a method."""
+    from fewstep.core.registry import get
+
+    console.print(get(name, kind).reference.bibtex(), markup=False, highlight=False)
+
+
+@app.command()
+def doctor() -> None:
+    """Print versions, devices and known problems of this installation."""
+    from fewstep.commands import health
+
+    problems = health.show(console)
+    raise typer.Exit(1 if problems else 0)
+
+
+@app.command()
+def train_prior(
+    data: Annotated[Path, typer.Argument(help="Folder of photographs.")],
+    out: Annotated[Path, typer.Option(help="Folder for checkpoints and the prior.")],
+    recipe: Annotated[str, typer.Option(help="A recipe: a .yaml file, or the name of a shipped one.")] = "natural",
+    steps: Annotated[int | None, typer.Option(help="Steps, instead of those of the recipe.")] = None,
+) -> None:
+    """Train a prior by a recipe; started again with the same --out, it goes on where it stopped."""
+    from fewstep.recipes import prior_trainer, read_recipe
+
+    prior_trainer(read_recipe(recipe), data, out, steps).run()
+
+
+def _bench(name: str, text: str) -> None:
+    def command(context: typer.Context) -> None:
+        from fewstep.commands.benching import run
+
+        run(name, context.args)
+
+    settings = {"allow_extra_args": True, "ignore_unknown_options": True}
+    bench.command(
+        name, help=f"{text} Options: --name value, see `fewstep.bench.{name}.main`.", context_settings=settings
+    )(command)
+
+
+_bench("gaussian", "Distance to the exact posterior of Gaussian problems.")
+_bench("mixture", "Distance to the exact posterior of mixture problems.")
+_bench("denoise", "PSNR of a prior as a denoiser.")
+_bench("images", "PSNR, SSIM, LPIPS and coverage on photographs.")
+_bench("speed", "Cost of the loop, and deepinv beside it.")
+
+
+def main() -> NoReturn:
+    """Run the command; bad input is one red line on stderr and exit code 2 (FEWSTEP_DEBUG=1 shows the traceback)."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        app()
+    except (ValueError, OSError, FloatingPointError) as error:
+        if os.environ.get("FEWSTEP_DEBUG") == "1":
+            raise
+        errors.print(f"[bold red]error:[/] {escape(' '.join(str(error).split()))}", highlight=False)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        errors.print("interrupted")
+        sys.exit(130)
+    sys.exit(0)
+
+
+def _terminate(_number: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What the commands of `fewstep.cli` do, one file each; imported when a command runs."""

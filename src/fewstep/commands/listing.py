@@ -1,0 +1,89 @@
+"""Tables of the methods and the operators, made from the classes themselves."""
+
+from __future__ import annotations
+
+import typing
+from dataclasses import fields
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+
+from fewstep.core.registry import available, get
+from fewstep.core.sampler import Sampler
+from fewstep.operators.words import get_operator, operators
+from fewstep.options import flag_of
+
+
+def all_methods(kind: str) -> Table:
+    """Return one row per method: source, needs, network calls, what it converges to."""
+    table = _table("method", "source", "needs", "network calls", "converges to")
+    for name in available(kind):
+        cls = get(name, kind)
+        table.add_row(name, escape(str(cls.reference)), _needs(cls), _calls(cls), escape(f"{cls.exact}: {cls.limit}"))
+    return table
+
+
+def one_method(name: str, kind: str) -> RenderableType:
+    """Return what a method is, its fields and its presets."""
+    cls = get(name, kind)
+    about = _table("", "")
+    about.add_row("source", escape(str(cls.reference)))
+    about.add_row("needs", _needs(cls))
+    about.add_row("network calls", _calls(cls))
+    about.add_row("converges to", escape(f"{cls.exact}: {cls.limit}"))
+    for preset, values in cls.presets.items():
+        about.add_row(f"preset {preset}", escape(", ".join(f"{k} = {v}" for k, v in values.items()) or "the defaults"))
+    return Group(about, _fields(cls))
+
+
+def operator_table(name: str | None) -> RenderableType:
+    """Return one row per operator, or the options of one."""
+    if name is not None:
+        return _fields(get_operator(name))
+    table = _table("operator", "what happened", "sigma", "options")
+    for word, summary in operators().items():
+        cls: Any = get_operator(word)
+        options = ", ".join(f"--{flag_of(f).replace('_', '-')}" for f in fields(cls))
+        table.add_row(word, escape(summary), cls.noise, options)
+    return table
+
+
+def _needs(cls: type[Sampler]) -> str:
+    return ", ".join(sorted(cls.needs)) or "nothing"
+
+
+def _calls(cls: type[Sampler]) -> str:
+    """Return the network calls per sample of the defaults, and of each preset where they differ."""
+    calls = {"": cls().nfe, **{name: cls.preset(name).nfe for name in cls.presets}}
+    return ", ".join([str(calls[""]), *(f"{n} ({name})" for name, n in calls.items() if n != calls[""])])
+
+
+def _fields(cls: Any) -> Table:
+    table, hints, helps = _table("option", "type", "default", "meaning"), typing.get_type_hints(cls), _helps(cls)
+    for field in fields(cls):
+        text = str(field.metadata.get("help", "")) or helps.get(field.name, "")
+        kind = getattr(hints[field.name], "__name__", str(hints[field.name]))
+        table.add_row(flag_of(field).replace("_", "-"), escape(kind), escape(repr(field.default)), escape(text))
+    return table
+
+
+def _helps(cls: type) -> dict[str, str]:
+    """Return what the docstring of a class says of its fields, under "Args:"."""
+    found: dict[str, str] = {}
+    name = ""
+    for line in (cls.__doc__ or "").partition("Args:")[2].splitlines():
+        head, colon, text = line.strip().partition(": ")
+        if colon and head.isidentifier():
+            name, found[head] = head, text
+        elif line.strip() and name:
+            found[name] += f" {line.strip()}"
+    return found
+
+
+def _table(*columns: str) -> Table:
+    table = Table(show_header=any(columns), box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for column in columns:
+        table.add_column(column, overflow="fold", header_style="bold")
+    return table

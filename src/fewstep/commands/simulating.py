@@ -1,0 +1,30 @@
+"""`fewstep simulate`: a clean photograph becomes a measurement."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fewstep.core.files import write_bytes
+from fewstep.images import read_photo, save_image
+from fewstep.outputs import write_json
+from fewstep.task import Settings, prepare
+
+
+def run(path: Path, out: Path, operator: str, fields: Mapping[str, Any], sigma: float | None, seed: int) -> None:
+    """Write measurement.png, measurement.safetensors (tensor "y"), truth.png and simulation.json into `out`."""
+    from safetensors.torch import save
+
+    chosen = Settings(operator=operator, operator_fields=fields, sigma=sigma, seed=seed, simulate=True)
+    photo = read_photo(path)
+    task = prepare(photo, chosen, torch.device("cpu"))
+    out.mkdir(parents=True, exist_ok=True)
+    save_image(task.shown, out / "measurement.png", grey=photo.grey)
+    save_image(photo.x, out / "truth.png", grey=photo.grey)
+    if isinstance(task.y, torch.Tensor):
+        write_bytes(out / "measurement.safetensors", save({"y": task.y.contiguous()}))
+    record = {"input": str(path), "operator": task.word.describe(), "sigma": task.sigma, "seed": seed}
+    write_json(out / "simulation.json", record)

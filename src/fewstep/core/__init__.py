@@ -1,0 +1,1 @@
+"""The nouns on which everything else is built."""

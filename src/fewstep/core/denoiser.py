@@ -1,0 +1,81 @@
+r"""The prior, seen through its denoiser D(x_t, t) = E[x_0 | x_t], and the parametrisations that networks speak.
+
+With x_t = alpha x_0 + sigma z the five predictions are linear in each other, given x_t:
+
+    epsilon  = (x_t - alpha x0) / sigma          score    = -epsilon / sigma
+    v        = alpha epsilon - sigma x0          velocity = epsilon - x0   (the flow z - x_0)
+
+v is that of Salimans and Ho (2022, arXiv:2202.00512), velocity that of Lipman et al. (2023, arXiv:2210.02747).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.core.batch import like
+from fewstep.core.schedule import Schedule
+
+
+class Parametrisation(NamedTuple):
+    """How a prediction relates to x0; both functions take (value, x_t, alpha, sigma)."""
+
+    to_x0: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    from_x0: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+PARAMETRISATIONS: dict[str, Parametrisation] = {
+    "x0": Parametrisation(lambda p, x, a, s: p, lambda p, x, a, s: p),
+    "epsilon": Parametrisation(lambda p, x, a, s: (x - s * p) / a, lambda p, x, a, s: (x - a * p) / s),
+    "score": Parametrisation(lambda p, x, a, s: (x + s * s * p) / a, lambda p, x, a, s: (a * p - x) / (s * s)),
+    "v": Parametrisation(
+        lambda p, x, a, s: (a * x - s * p) / (a * a + s * s),
+        lambda p, x, a, s: (a * x - (a * a + s * s) * p) / s,
+    ),
+    "velocity": Parametrisation(lambda p, x, a, s: (x - s * p) / (a + s), lambda p, x, a, s: (x - (a + s) * p) / s),
+}
+
+
+class Denoiser(nn.Module, ABC):
+    """A diffusion prior through E[x_0 | x_t].
+
+    Attributes:
+        schedule: the noise schedule in which x_t is given.
+        event_shape: the shape of one item, (d,) or (C, H, W); None in H, W means that any size is taken.
+    """
+
+    schedule: Schedule
+    event_shape: tuple[int | None, ...]
+
+    @abstractmethod
+    def forward(self, x_t: Tensor, t: Tensor, **cond: Any) -> Tensor:
+        """Return E[x_0 | x_t], (N, *event) -> (N, *event); `t` is () or (N,)."""
+
+    def predict(self, kind: str, x_t: Tensor, t: Tensor, **cond: Any) -> Tensor:
+        """Return the prediction named `kind`, one of `PARAMETRISATIONS`; same shapes as `forward`."""
+        alpha, sigma = (like(c, x_t) for c in self.schedule(torch.as_tensor(t, dtype=x_t.dtype, device=x_t.device)))
+        return PARAMETRISATIONS[kind].from_x0(self(x_t, t, **cond), x_t, alpha, sigma)
+
+    def score(self, x_t: Tensor, t: Tensor, **cond: Any) -> Tensor:
+        """Return grad log p_t(x_t) by Tweedie's formula; same shapes as `forward`."""
+        return self.predict("score", x_t, t, **cond)
+
+
+class Rescheduled(Denoiser):
+    """The same prior under another schedule: the noisy point is rescaled to the place where the ratio is the same."""
+
+    def __init__(self, denoiser: Denoiser, schedule: Schedule) -> None:
+        super().__init__()
+        self.denoiser, self.schedule, self.event_shape = denoiser, schedule, denoiser.event_shape
+
+    def forward(self, x_t: Tensor, t: Tensor, **cond: Any) -> Tensor:
+        """See `Denoiser`."""
+        t = torch.as_tensor(t, dtype=x_t.dtype, device=x_t.device)
+        alpha, _ = self.schedule(t)
+        inner = self.denoiser.schedule.time(self.schedule.ratio(t))
+        inner_alpha, _ = self.denoiser.schedule(inner)
+        return self.denoiser(x_t * like(inner_alpha / alpha, x_t), inner, **cond)

@@ -1,0 +1,107 @@
+"""Weights on disk: safetensors beside a JSON header, written atomically and read strictly."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as parse_tensors
+from safetensors.torch import save as dump_tensors
+from torch import Tensor
+
+from fewstep import __version__
+
+WEIGHTS, HEADER = "model.safetensors", "config.json"
+
+
+def library_version() -> str:
+    """Return the version of this library."""
+    return __version__
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write `data` to `path` so that a reader meets the old file or the new one, never a part."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def write_weights(
+    folder: str | Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any], dtype: torch.dtype | None = None
+) -> None:
+    """Write `tensors` and `header` to `folder`; floating tensors become `dtype` where it is given.
+
+    The header gains the number of tensors and of parameters, the library version and the SHA-256 of the weights.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    ready = {
+        k: (v.to(dtype) if dtype and v.is_floating_point() else v).detach().cpu().contiguous()
+        for k, v in tensors.items()
+    }
+    data = dump_tensors(ready)
+    described = {
+        **header,
+        "tensors": len(ready),
+        "parameters": sum(v.numel() for v in ready.values()),
+        "library_version": library_version(),
+        "sha256": hashlib.sha256(data).hexdigest(),
+    }
+    write_bytes(folder / WEIGHTS, data)
+    write_bytes(folder / HEADER, (json.dumps(described, indent=2) + "\n").encode())
+
+
+def read_header(folder: str | Path) -> dict[str, Any]:
+    """Return the JSON header of `folder`; ValueError where it is missing or no JSON object."""
+    path = Path(folder) / HEADER
+    try:
+        header = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing: this is no folder of weights") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as JSON ({error})") from None
+    if not isinstance(header, dict):
+        raise ValueError(f"{path} must hold a JSON object")
+    return header
+
+
+def read_weights(folder: str | Path, method: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors and the header of `folder`.
+
+    Raises:
+        ValueError: a file is missing or damaged, the hash or the counts differ, or the weights are not those of `method`.
+    """
+    folder = Path(folder)
+    header = read_header(folder)
+    if header.get("method") != method:
+        raise ValueError(f"{folder} holds weights of {header.get('method')!r}, not of {method!r}")
+    try:
+        data = (folder / WEIGHTS).read_bytes()
+    except OSError as error:
+        raise ValueError(f"{folder / WEIGHTS} cannot be read ({error.strerror})") from None
+    if hashlib.sha256(data).hexdigest() != header.get("sha256"):
+        raise ValueError(f"{folder / WEIGHTS} does not match the hash in {HEADER}: the file is damaged or was replaced")
+    try:
+        tensors = parse_tensors(data)
+    except SafetensorError as error:
+        raise ValueError(f"{folder / WEIGHTS} is no valid safetensors file ({error})") from None
+    counts = {"tensors": len(tensors), "parameters": sum(v.numel() for v in tensors.values())}
+    for name, found in counts.items():
+        if header.get(name) != found:
+            raise ValueError(f"{folder / WEIGHTS} has {found} {name}, its header says {header.get(name)}")
+    return tensors, header

@@ -1,0 +1,394 @@
+r"""Likelihoods p(y | x) for B measurements with K samples each: item n = k B + b holds sample k of measurement b.
+
+Samplers ask four things of a likelihood: its log-density, the gradient of it, its prox and an exact draw from the product
+with an isotropic Gaussian. What a likelihood cannot give it does not list in `provides`, and samplers that need it refuse.
+A likelihood works in the coordinates of the prior ([-1, 1] for images); `fewstep.image_likelihood` is the door from [0, 1].
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from fewstep.core.batch import item_dot, like
+from fewstep.core.linalg import cg, item_inner
+from fewstep.core.noise import Noise
+from fewstep.core.spectral import Function, inverse_square, significant, spectrum_of
+
+
+@dataclass
+class Counts:
+    """What a run has cost: network calls, vector-Jacobian products through the network, operator applications."""
+
+    network: int = 0
+    vjp: int = 0
+    operator: int = 0
+
+
+class Likelihood(ABC):
+    """p(y | x); every method acts on each item alone.
+
+    Attributes:
+        provides: what it offers, of {"gradient", "prox", "draw", "svd", "gaussian", "jvp"}.
+        batch: the number of measurements B (times K after `expand`).
+        event_shape, dtype, device: of one item x.
+    """
+
+    provides: frozenset[str]
+    batch: int
+    event_shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    counts: Counts
+
+    @abstractmethod
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Return log p(y | x) up to a constant that does not depend on x, (N, *event) -> (N,)."""
+
+    def score(self, x: Tensor) -> Tensor:
+        """Return grad_x log p(y | x), (N, *event) -> (N, *event)."""
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            return torch.autograd.grad(self.log_prob(leaf).sum(), leaf)[0]
+
+    @abstractmethod
+    def prox(self, z: Tensor, rho: Tensor | float) -> Tensor:
+        """Return argmin_x -log p(y | x) + |x - z|^2 / (2 rho^2), (N, *event); `rho` is () or (N,)."""
+
+    @abstractmethod
+    def draw(self, z: Tensor, rho: Tensor | float, noise: Noise) -> Tensor:
+        """Return a draw of p(y | x) N(x; z, rho^2 I), (N, *event); `rho` is () or (N,)."""
+
+    @abstractmethod
+    def start(self) -> Tensor:
+        """Return a first guess of x from y alone, (N, *event), e.g. the pseudo-inverse."""
+
+    @abstractmethod
+    def expand(self, k: int) -> Self:
+        """Return the likelihood of k samples of each measurement, with y and per-item parameters repeated."""
+
+    def counted(self, counts: Counts) -> Self:
+        """Return a copy that writes its operator calls into `counts`."""
+        twin = copy.copy(self)
+        twin.counts = counts
+        return twin
+
+
+class GaussianLikelihood(Likelihood):
+    r"""y = A x + n with n ~ N(0, sigma^2 I) and any linear operator that has `A` and `A_adjoint`.
+
+    Circular blurs, masks, anti-aliased down-sampling, orthogonal and decomposable operators are solved in closed form;
+    the rest by conjugate gradients, each item to its own tolerance.
+
+    Args:
+        y: measurements in the coordinates of the operator's output, (B, *measurement).
+        physics: a deepinv `LinearPhysics`, or any object with `A` and `A_adjoint`; its parameters may be per item.
+        sigma: noise standard deviation in the units of y, a number or one per measurement, (B,); positive.
+        tol: relative residual of conjugate gradients where there is no closed form.
+        max_iter: the most iterations of it.
+
+    Raises:
+        ValueError: non-finite y, non-positive sigma, or a y that does not fit the operator.
+    """
+
+    def __init__(
+        self, y: Tensor, physics: Any, sigma: Tensor | float, *, tol: float = 1e-6, max_iter: int = 300
+    ) -> None:
+        self.y, self.physics, self.tol, self.max_iter = y, physics, tol, max_iter
+        if not bool(torch.isfinite(y).all()):
+            raise ValueError("the measurement holds NaN or infinite values")
+        self.sigma = noise_levels(sigma, y)
+        self.batch, self.counts = y.shape[0], Counts()
+        back = fitting_adjoint(physics, y)
+        self.spectrum = spectrum_of(physics, back)
+        self.event_shape, self.dtype, self.device = back.shape[1:], back.dtype, back.device
+        closed = {"svd"} if self.spectrum is not None else set()
+        self.provides = frozenset({"gradient", "prox", "draw", "gaussian", "jvp"} | closed)
+
+    def A(self, x: Tensor) -> Tensor:
+        """Apply the operator, (N, *event) -> (N, *measurement)."""
+        self.counts.operator += 1
+        return self.physics.A(x)
+
+    def A_adjoint(self, y: Tensor) -> Tensor:
+        """Apply the adjoint, (N, *measurement) -> (N, *event)."""
+        self.counts.operator += 1
+        return self.physics.A_adjoint(y)
+
+    def residual(self, x: Tensor) -> Tensor:
+        """Return y - A x, (N, *measurement)."""
+        return self.y - self.A(x)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """See `Likelihood`; the normalising constant is included."""
+        r = torch.view_as_real(self.residual(x)) if self.y.is_complex() else self.residual(x)
+        size = r[0].numel()
+        return -0.5 * item_dot(r, r) / self.sigma**2 - size * (self.sigma.log() + 0.5 * math.log(2 * math.pi))
+
+    def score(self, x: Tensor) -> Tensor:
+        """See `Likelihood`; A'(y - A x) / sigma^2."""
+        return self.A_adjoint(self.residual(x)) / like(self.sigma**2, x)
+
+    def solve(self, v: Tensor, rho: Tensor | float) -> Tensor:
+        """Return (A'A / sigma^2 + I / rho^2)^-1 v, (N, *event) -> (N, *event)."""
+        real = v.real if v.is_complex() else v
+        data, prior = (
+            like(self.sigma**-2, real),
+            like(torch.as_tensor(rho, dtype=self.sigma.dtype, device=self.sigma.device) ** -2, real),
+        )
+        if self.spectrum is not None:
+            return self.spectral(lambda s: 1 / (s.square() * data + prior), v)
+        result = cg(lambda x: data * self.normal(x) + prior * x, v, tol=self.tol, max_iter=self.max_iter)
+        if bool((worst := result.residual.detach().max()) > self.tol):
+            warnings.warn(
+                f"conjugate gradients stopped after {self.max_iter} iterations at a relative residual of {float(worst):.1e}"
+                f" (asked: {self.tol:.1e}); raise max_iter or tol",
+                stacklevel=2,
+            )
+        return result.x
+
+    def back_project(self, r: Tensor, rho: Tensor | float) -> Tensor:
+        """Return A' (rho^2 A A' + sigma^2 I)^-1 r, (N, *measurement) -> (N, *event).
+
+        As (rho^2 A'A + sigma^2 I)^-1 A' r, which does not cancel however large rho is.
+        """
+        back = self.A_adjoint(r)
+        real = back.real if back.is_complex() else back
+        square = torch.as_tensor(rho, dtype=self.sigma.dtype, device=self.sigma.device) ** 2
+        return self.solve(back, rho) / like(self.sigma**2 * square, real)
+
+    def spectral(self, f: Function, v: Tensor) -> Tensor:
+        """Return f(sqrt(A'A)) v through the closed form; needs "svd"."""
+        if self.spectrum is None:
+            raise ValueError(f"{type(self.physics).__name__} has no known singular value decomposition")
+        self.counts.operator += 1
+        return self.spectrum.apply(f, v)
+
+    def normal(self, x: Tensor) -> Tensor:
+        """Return A'A x, (N, *event)."""
+        return self.A_adjoint(self.A(x))
+
+    def pinv(self, y: Tensor, rcond: float = 1e-3) -> Tensor:
+        """Return the pseudo-inverse A^+ y, singular values below `rcond` times the largest counting as null."""
+        back = self.A_adjoint(y)
+        if self.spectrum is not None:
+            return self.spectral(lambda s: inverse_square(s, significant(s, rcond)), back)
+        return cg(self.normal, back, tol=max(rcond, self.tol), max_iter=self.max_iter).x
+
+    def prox(self, z: Tensor, rho: Tensor | float) -> Tensor:
+        """See `Likelihood`; exact."""
+        return self._prox(self.y, z, rho)
+
+    def draw(self, z: Tensor, rho: Tensor | float, noise: Noise) -> Tensor:
+        """See `Likelihood`; exact by perturbing y and z with their own noise and solving (perturb and optimise)."""
+        rho = torch.as_tensor(rho, dtype=self.sigma.dtype, device=self.sigma.device)
+        sigma = like(self.sigma, self.y.real if self.y.is_complex() else self.y)
+        y = self.y + sigma * noise.randn_like(self.y)
+        return self._prox(y, z + like(rho, z.real if z.is_complex() else z) * noise.randn_like(z), rho)
+
+    def start(self) -> Tensor:
+        """See `Likelihood`; the pseudo-inverse of y."""
+        return self.pinv(self.y)
+
+    def expand(self, k: int) -> GaussianLikelihood:
+        """See `Likelihood`."""
+        if k == 1:
+            return self
+        twin = copy.copy(self)
+        twin.y = self.y.repeat(k, *[1] * (self.y.ndim - 1))
+        twin.sigma, twin.batch = self.sigma.repeat(k), self.batch * k
+        twin.physics = repeat_physics(self.physics, self.y, k)
+        twin.spectrum = self.spectrum.repeat(k) if self.spectrum is not None else None
+        return twin
+
+    def _prox(self, y: Tensor, z: Tensor, rho: Tensor | float) -> Tensor:
+        # in the form z + correction: the correction is small where z already fits, and so is its rounding
+        correction = self.A_adjoint(y - self.A(z)) / like(self.sigma**2, z.real if z.is_complex() else z)
+        return z + self.solve(correction, rho)
+
+
+def noise_levels(sigma: Tensor | float, y: Tensor) -> Tensor:
+    """Return one noise level per measurement, (B,), from a number or (B,); ValueError unless positive and finite."""
+    levels = torch.as_tensor(sigma, dtype=y.real.dtype, device=y.device)
+    if levels.shape not in ((), (1,), (y.shape[0],)):
+        raise ValueError(f"sigma must be a number or one per measurement ({y.shape[0]}), got {tuple(levels.shape)}")
+    if not bool((levels > 0).all()) or not bool(torch.isfinite(levels).all()):
+        raise ValueError(f"sigma must be positive and finite, got {sigma}")
+    return levels.expand(y.shape[0])
+
+
+def fitting_adjoint(physics: Any, y: Tensor) -> Tensor:
+    """Return A' y, (B, *event); ValueError where y is no output of the operator or the adjoint is wrong on y."""
+    name = type(physics).__name__
+    try:
+        back = physics.A_adjoint(y)
+        again = physics.A(back)
+    except (RuntimeError, ValueError, IndexError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"y of shape {tuple(y.shape)} does not fit the operator {name} ({reason})") from error
+    if again.shape != y.shape:
+        raise ValueError(f"y has shape {tuple(y.shape)}, the operator {name} gives {tuple(again.shape)}")
+    if not bool(torch.isfinite(again).all()):
+        raise ValueError(f"the operator {name} gives NaN or infinite values")
+    size, other = item_inner(back, back), item_inner(again, y)  # <A'y, A'y> = <A A'y, y>
+    if bool(((size - other).abs() > torch.finfo(size.dtype).eps ** 0.5 * size).any()):
+        raise ValueError(f"A_adjoint of {name} is not the adjoint of its A: <A'y, A'y> and <AA'y, y> differ")
+    return back
+
+
+def repeat_physics(physics: Any, y: Tensor, k: int) -> Any:
+    """Return an operator for k copies of the measurements y, (B, *measurement): its per-item tensors are repeated.
+
+    A tensor is per item if its first dimension is B > 1. A matrix may have that size by chance: the right reading
+    is the one that maps copies to copies.
+
+    Raises:
+        ValueError: neither does.
+    """
+    batch = y.shape[0]
+    if batch == 1 or not isinstance(physics, torch.nn.Module):
+        return physics
+    call: Any = physics
+    owners = [
+        (name, tensor)
+        for name, tensor in [*physics.named_buffers(), *physics.named_parameters()]
+        if tensor.ndim > 1 and tensor.shape[0] == batch
+    ]
+    if not owners:
+        return physics
+    back = call.A_adjoint(y)
+    pairs = [("A_adjoint", _tile(y, k), _tile(back, k)), ("A", _tile(back, k), _tile(call.A(back), k))]
+    for least in (2, 3):
+        twin = copy.deepcopy(physics)
+        for name, tensor in owners:
+            if tensor.ndim >= least:
+                _replace(twin, name, _tile(tensor.detach(), k))
+        if _maps(twin, pairs):
+            return twin
+    raise ValueError(f"cannot tell which tensors of {type(physics).__name__} belong to single measurements")
+
+
+def _tile(a: Tensor, k: int) -> Tensor:
+    return a.repeat(k, *[1] * (a.ndim - 1))
+
+
+def _replace(module: torch.nn.Module, name: str, value: Tensor) -> None:
+    """Put a tensor in the place of the buffer or parameter called `name`."""
+    *path, last = name.split(".")
+    owner = module.get_submodule(".".join(path))
+    if (old := owner._parameters.get(last)) is not None:
+        value = torch.nn.Parameter(value, requires_grad=old.requires_grad)
+    setattr(owner, last, value)
+
+
+def _maps(physics: Any, pairs: list[tuple[str, Tensor, Tensor]]) -> bool:
+    """Return whether methods of an operator map inputs to outputs: (name, input, output)."""
+    for name, given, wanted in pairs:
+        try:
+            out = getattr(physics, name)(given)
+        except RuntimeError:  # the wrong reading does not fit
+            return False
+        scale = wanted.abs().max()
+        tol = 1e3 * torch.finfo(scale.dtype).eps
+        if out.shape != wanted.shape or not bool((out - wanted).abs().max() <= tol * scale):
+            return False
+    return True
+
+
+class JointLikelihood(Likelihood):
+    r"""p(y, x_t | x) = p(y | x) N(x_t; alpha x, sigma^2 I): the extra Gaussian only moves z and rho of prox and draw.
+
+    Args:
+        likelihood: p(y | x).
+        x_t: noisy items, (N, *event).
+        alpha, sigma: () or (N,), with x_t = alpha x + sigma z.
+    """
+
+    def __init__(self, likelihood: Likelihood, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> None:
+        self.likelihood, self.x_t = likelihood, x_t
+        self.alpha, self.sigma = like(alpha, x_t), like(sigma, x_t)
+        self.provides = likelihood.provides - {"svd", "gaussian"}
+        self.batch, self.counts = likelihood.batch, likelihood.counts
+        self.event_shape, self.dtype, self.device = likelihood.event_shape, likelihood.dtype, likelihood.device
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """See `Likelihood`."""
+        r = self.x_t - self.alpha * x
+        size = r[0].numel()
+        sigma = self.sigma.flatten()
+        gaussian = -0.5 * item_dot(r, r) / sigma**2 - size * (sigma.log() + 0.5 * math.log(2 * math.pi))
+        return self.likelihood.log_prob(x) + gaussian
+
+    def prox(self, z: Tensor, rho: Tensor | float) -> Tensor:
+        """See `Likelihood`."""
+        return self.likelihood.prox(*self._merge(z, rho))
+
+    def draw(self, z: Tensor, rho: Tensor | float, noise: Noise) -> Tensor:
+        """See `Likelihood`."""
+        return self.likelihood.draw(*self._merge(z, rho), noise)
+
+    def start(self) -> Tensor:
+        """See `Likelihood`; the likelihood's own start drawn towards x_t / alpha by their precisions at unit scale."""
+        ratio = self.sigma / self.alpha
+        return (self.likelihood.start() * ratio**2 + self.x_t / self.alpha) / (1 + ratio**2)
+
+    def expand(self, k: int) -> JointLikelihood:
+        """See `Likelihood`."""
+        shape = [1] * (self.x_t.ndim - 1)
+        alpha, sigma = (a if a.ndim == 0 or a.shape[0] == 1 else a.repeat(k, *shape) for a in (self.alpha, self.sigma))
+        return JointLikelihood(self.likelihood.expand(k), self.x_t.repeat(k, *shape), alpha, sigma)
+
+    def _merge(self, z: Tensor, rho: Tensor | float) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation, (N, *event) and (N,), of N(x; z, rho^2) N(x_t; alpha x, sigma^2)."""
+        prior, data = like(rho, z) ** -2, (self.alpha / self.sigma) ** 2
+        precision = (prior + data).expand(z.shape[0], *[1] * (z.ndim - 1))
+        mean = (prior * z + self.alpha / self.sigma**2 * self.x_t) / precision
+        return mean, precision.flatten() ** -0.5
+
+
+class FlatLikelihood(Likelihood):
+    """p(y | x) = 1: the problem without a measurement, whose posterior is the prior.
+
+    Args:
+        event_shape: shape of one item.
+        batch: number of items.
+        dtype, device: of one item.
+    """
+
+    def __init__(
+        self,
+        event_shape: tuple[int, ...],
+        batch: int = 1,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.event_shape, self.batch, self.counts = torch.Size(event_shape), batch, Counts()
+        self.dtype, self.device = dtype, torch.device(device)
+        self.provides = frozenset({"gradient", "prox", "draw"})
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """See `Likelihood`."""
+        return 0 * x.flatten(1).sum(1)
+
+    def prox(self, z: Tensor, rho: Tensor | float) -> Tensor:
+        """See `Likelihood`."""
+        return z
+
+    def draw(self, z: Tensor, rho: Tensor | float, noise: Noise) -> Tensor:
+        """See `Likelihood`."""
+        return z + like(rho, z) * noise.randn_like(z)
+
+    def start(self) -> Tensor:
+        """See `Likelihood`; zero."""
+        return torch.zeros(self.batch, *self.event_shape, dtype=self.dtype, device=self.device)
+
+    def expand(self, k: int) -> FlatLikelihood:
+        """See `Likelihood`."""
+        return FlatLikelihood(self.event_shape, self.batch * k, self.dtype, self.device)

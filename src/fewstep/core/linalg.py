@@ -1,0 +1,64 @@
+"""Conjugate gradients whose every decision is per item: stopping one system never changes another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fewstep.core.batch import item_norm, like
+
+
+class CGResult(NamedTuple):
+    """Solution (N, *event), relative residual (N,) and iterations used (N,)."""
+
+    x: Tensor
+    residual: Tensor
+    iterations: Tensor
+
+
+def item_inner(a: Tensor, b: Tensor) -> Tensor:
+    """Real part of <a, b> for each item, (N, *event) -> (N,)."""
+    return (a * b.conj()).real.flatten(1).sum(1) if a.is_complex() else (a * b).flatten(1).sum(1)
+
+
+def cg(
+    operator: Callable[[Tensor], Tensor],
+    b: Tensor,
+    x: Tensor | None = None,
+    *,
+    tol: float = 1e-6,
+    max_iter: int = 200,
+) -> CGResult:
+    """Solve `operator`(x) = b for a symmetric positive definite operator that acts on each item alone.
+
+    An item stops when |residual| <= tol |b| and is then frozen, so its result does not depend on the others. The operator
+    must be linear; the result is differentiable through the iterations.
+
+    Args:
+        operator: (N, *event) -> (N, *event).
+        b: right-hand side, (N, *event).
+        x: start, zero when absent.
+        tol: relative residual at which an item is done.
+        max_iter: the most iterations; what is reached by then is returned with its residual.
+    """
+    x, r = (torch.zeros_like(b), b) if x is None else (x, b - operator(x))
+    p, rr = r, item_inner(r, r)
+    scale = item_norm(b).clamp_min(torch.finfo(rr.dtype).tiny)
+    count = torch.zeros_like(rr, dtype=torch.long)
+    for _ in range(max_iter):
+        active = rr.detach().sqrt() > tol * scale.detach()
+        if not bool(active.any()):
+            break
+        q = operator(p)
+        curvature = item_inner(p, q)
+        step = torch.where(active & (curvature > 0), rr / curvature.clamp_min(torch.finfo(rr.dtype).tiny), 0.0)
+        x, r = x + like(step, x) * p, r - like(step, r) * q
+        new = item_inner(r, r)
+        beta = torch.where(active, new / rr.clamp_min(torch.finfo(rr.dtype).tiny), 0.0)
+        p = torch.where(like(active.to(r.real.dtype), r.real).bool(), r + like(beta, p) * p, p)
+        rr = torch.where(active, new, rr)
+        count = count + active
+    return CGResult(x, rr.sqrt() / scale, count)

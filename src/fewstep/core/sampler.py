@@ -1,0 +1,221 @@
+"""Samplers: frozen settings, explicit state, one loop.
+
+A method is a final frozen dataclass in a file of its own that says how to start, how to step and what comes out. Everything
+else (randomness, chunks, counting, progress, checks) is here, once.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any, ClassVar, NamedTuple, Self, final
+
+import torch
+from torch import Tensor
+
+from fewstep.core.grid import GRIDS
+from fewstep.core.kernel import ddim_std, epsilon_of, renoise
+from fewstep.core.noise import Noise
+from fewstep.core.problem import Posterior
+from fewstep.core.reference import Reference
+from fewstep.core.samples import Samples
+
+
+class State(NamedTuple):
+    """What the next step needs: the current point, (N, *event), and whatever else the method carries."""
+
+    x: Tensor
+    memory: Any = None
+
+
+Callback = Callable[[int, int, State], None]  # (steps done, steps in all, state)
+
+
+class Sampler(ABC):
+    """Draws x ~ p(x | y) or an approximation of it.
+
+    Attributes:
+        steps: length of the loop.
+        needs: what the likelihood must provide, of {"gradient", "prox", "draw", "svd", "gaussian", "jvp"}.
+        reference: the publication.
+        exact: "posterior" (converges to it), "biased" (to something else), "mode" (a point estimate).
+        limit: one line on what it converges to, and when.
+        presets: named settings beside the defaults, which are the paper's.
+    """
+
+    steps: int
+    needs: ClassVar[frozenset[str]]
+    reference: ClassVar[Reference]
+    exact: ClassVar[str]
+    limit: ClassVar[str]
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": {}}
+
+    @property
+    @abstractmethod
+    def nfe(self) -> int:
+        """Network calls per sample."""
+
+    @abstractmethod
+    def init(self, problem: Posterior, noise: Noise) -> State:
+        """Return the state before the first step."""
+
+    @abstractmethod
+    def step(self, problem: Posterior, state: State, k: int, noise: Noise) -> State:
+        """Return the state after step k = 0, ..., steps - 1."""
+
+    def output(self, state: State) -> Tensor:
+        """Return the samples, (N, *event), from the state after the last step."""
+        return state.x
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> Self:
+        """Return the sampler with the settings called `name`, some of them overridden."""
+        if name not in cls.presets:
+            raise ValueError(f"{cls.__name__} has no preset {name!r}; it has {', '.join(cls.presets)}")
+        return cls(**{**cls.presets[name], **overrides})
+
+    @final
+    def __call__(
+        self,
+        problem: Posterior,
+        num_samples: int = 1,
+        *,
+        seed: int | Sequence[int] = 0,
+        chunk: int | None = None,
+        callback: Callback | None = None,
+    ) -> Samples:
+        """Draw `num_samples` samples for each measurement.
+
+        Args:
+            problem: prior and likelihood of B measurements.
+            num_samples: K.
+            seed: one for all measurements, or one for each; sample k depends on its measurement, its seed and k alone.
+            chunk: the most items (samples times measurements) that go through the network at once.
+            callback: called after every step with (steps done, steps in all, state).
+
+        Raises:
+            ValueError: bad arguments, or a likelihood without what the method needs.
+            FloatingPointError: the run diverged.
+        """
+        parts = self.stream(problem, num_samples, seed=seed, chunk=chunk, callback=callback)
+        return Samples.concatenate(list(parts))
+
+    @final
+    def stream(
+        self,
+        problem: Posterior,
+        num_samples: int = 1,
+        *,
+        seed: int | Sequence[int] = 0,
+        chunk: int | None = None,
+        callback: Callback | None = None,
+    ) -> Iterator[Samples]:
+        """Draw as `__call__` does, giving each chunk as soon as it is done."""
+        self._check(problem, num_samples)
+        batch = problem.likelihood.batch
+        seeds = (seed,) * batch if isinstance(seed, int) else tuple(seed)
+        if len(seeds) != batch:
+            raise ValueError(f"{len(seeds)} seeds for {batch} measurements")
+        size = num_samples if chunk is None else max(1, min(num_samples, chunk // batch))
+        starts = range(0, num_samples, size)
+        for part, first in enumerate(starts):
+
+            def report(k: int, state: State, done: int = part * self.steps) -> None:
+                if callback is not None:
+                    callback(done + k, len(starts) * self.steps, state)
+
+            yield self._run(problem, range(first, min(first + size, num_samples)), seeds, report)
+
+    @torch.no_grad()
+    def _run(
+        self, problem: Posterior, samples: range, seeds: tuple[int, ...], report: Callable[[int, State], None]
+    ) -> Samples:
+        begin = time.perf_counter()
+        likelihood = problem.likelihood
+        items = problem.expand(len(samples))
+        noise = Noise.spawn(seeds, samples, likelihood.dtype, likelihood.device)
+        state = self.init(items, noise)
+        for k in range(self.steps):
+            state = self.step(items, state, k, noise)
+            report(k + 1, state)
+        x = self.output(state)
+        if not bool(torch.isfinite(x).all()):
+            raise FloatingPointError(f"{self!r} diverged; use more steps, weaker guidance or a larger sigma")
+        seconds = time.perf_counter() - begin
+        x = x.reshape(len(samples), len(seeds), *x.shape[1:])
+        return Samples(x, items.counts, seconds, repr(self), seeds, samples.start)
+
+    def _check(self, problem: Posterior, num_samples: int) -> None:
+        if num_samples < 1:
+            raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+        if self.steps < 1:
+            raise ValueError(f"{type(self).__name__} needs at least one step, got {self.steps}")
+        missing = self.needs - problem.likelihood.provides
+        if missing:
+            from fewstep.core.registry import fitting
+
+            raise ValueError(
+                f"{type(self).__name__} needs {', '.join(sorted(missing))}, which this operator does not provide; "
+                f"methods that fit: {', '.join(fitting(problem.likelihood.provides))}"
+            )
+
+
+class DiffusionSampler(Sampler):
+    """A sampler that starts from x_1 ~ N(0, sigma_1^2 I) and walks down a grid of times.
+
+    Attributes:
+        grid: name of the time grid, one of `fewstep.core.grid.GRIDS`.
+    """
+
+    grid: str
+
+    def init(self, problem: Posterior, noise: Noise) -> State:
+        """See `Sampler`; pure noise at t = 1."""
+        _, sigma = problem.schedule(torch.ones((), dtype=torch.float64))
+        return State(sigma.to(noise.dtype).to(noise.device) * noise.randn(*problem.likelihood.event_shape))
+
+    def times(self, problem: Posterior) -> Tensor:
+        """Return the `steps` + 1 times of the grid from 1 to 0, float64."""
+        if self.grid not in GRIDS:
+            raise ValueError(f"unknown grid {self.grid!r}; choose one of {', '.join(GRIDS)}")
+        return GRIDS[self.grid](problem.schedule, self.steps)
+
+    def interval(self, problem: Posterior, k: int) -> tuple[Tensor, Tensor]:
+        """Return (t, s), the times before and after step k."""
+        times = self.times(problem)
+        return times[k], times[k + 1]
+
+
+class GuidedSampler(DiffusionSampler):
+    """A diffusion sampler that is one function: a prediction of x_0 from (y, x_t), followed by the DDIM kernel.
+
+    Attributes:
+        eta: share of the bridge's standard deviation that is drawn afresh; 1 is ancestral, 0 deterministic.
+        prediction: "mean" if `predict_x0` estimates E[x_0 | x_t, y], "draw" if it draws from p(x_0 | x_t, y).
+    """
+
+    eta: float
+    prediction: ClassVar[str]
+
+    @abstractmethod
+    def predict_x0(self, problem: Posterior, x_t: Tensor, t: Tensor, noise: Noise) -> Tensor:
+        """Return a mean or a draw of p(x_0 | x_t, y), (N, *event); `t` is ()."""
+
+    @final
+    def step(self, problem: Posterior, state: State, k: int, noise: Noise) -> State:
+        """See `Sampler`."""
+        t, s = self.interval(problem, k)
+        x0 = self.predict_x0(problem, state.x, t, noise)
+        if k == self.steps - 1:
+            return State(x0)
+        epsilon = epsilon_of(problem.schedule, t, state.x, x0)
+        std = ddim_std(problem.schedule, t, s, self.eta)
+        return State(renoise(problem.schedule, s, x0, epsilon, std, noise))
+
+
+def settings(sampler: Sampler) -> dict[str, Any]:
+    """Return the fields of a sampler and their values."""
+    assert is_dataclass(sampler)
+    return {field.name: getattr(sampler, field.name) for field in fields(sampler)}

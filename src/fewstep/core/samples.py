@@ -1,0 +1,130 @@
+"""What a sampler returns: the samples, what they cost, and how they were made."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fewstep.core.likelihood import Counts
+
+
+@dataclass(frozen=True)
+class Samples:
+    """K samples for each of B measurements.
+
+    Attributes:
+        x: (K, B, *event), in the coordinates of the prior.
+        counts: what one sample cost: network calls, vector-Jacobian products, operator calls.
+        seconds: wall-clock time of all of them.
+        method: repr of the sampler.
+        seeds: one per measurement; sample k of measurement b depends on (seeds[b], k) and the measurement alone.
+        first: index k of the first sample held here.
+    """
+
+    x: Tensor
+    counts: Counts
+    seconds: float
+    method: str
+    seeds: tuple[int, ...]
+    first: int = 0
+
+    @property
+    def nfe(self) -> int:
+        """Network calls per sample."""
+        return self.counts.network
+
+    @property
+    def num_samples(self) -> int:
+        """K."""
+        return self.x.shape[0]
+
+    @property
+    def mean(self) -> Tensor:
+        """Sample mean, (B, *event); of one sample it is that sample."""
+        return self.x.mean(0)
+
+    @property
+    def std(self) -> Tensor:
+        """Sample standard deviation, (B, *event); needs K >= 2."""
+        return self._several("a standard deviation").std(0)
+
+    def quantile(self, q: float | Sequence[float]) -> Tensor:
+        """Return empirical quantiles over the samples, (B, *event) or (len(q), B, *event); needs K >= 2.
+
+        Computed in slices of the event, so that memory stays bounded for large images.
+        """
+        x = self._several("a quantile").flatten(1)
+        level = torch.as_tensor(q, dtype=x.dtype, device=x.device)
+        parts = [torch.quantile(part, level, dim=0) for part in x.split(1 << 20, dim=1)]
+        return torch.cat(parts, -1).reshape(*level.shape, *self.x.shape[1:])
+
+    def interval(self, level: float = 0.9) -> tuple[Tensor, Tensor]:
+        """Return the ends of the central interval of probability `level` per coordinate, (B, *event) each.
+
+        The ends are taken at the quantiles (K + 1)(1 -+ level) / 2 of the order statistics, so that a further draw of the
+        same law lies inside with probability `level`; where K is too small for that, at the extremes.
+        """
+        if not 0 < level < 1:
+            raise ValueError(f"level must lie in (0, 1), got {level}")
+        k = self.num_samples
+        low = (k + 1) * (1 - level) / 2 - 1  # position among the order statistics, counted from 0
+        q = min(max(low / max(k - 1, 1), 0.0), 0.5)
+        lower, upper = self.quantile([q, 1 - q])
+        return lower, upper
+
+    def save(self, folder: str | Path) -> Path:
+        """Write `samples.safetensors` (atomically) into `folder`, its header stating method, cost and seeds."""
+        path = Path(folder) / "samples.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        header = {
+            "format": "fewstep.samples",
+            "method": self.method,
+            "seeds": json.dumps(self.seeds),
+            "first": str(self.first),
+            "counts": json.dumps(vars(self.counts)),
+            "seconds": str(self.seconds),
+        }
+        partial = path.with_suffix(f".partial-{os.getpid()}")
+        save_file({"x": self.x.contiguous().cpu()}, partial, metadata=header)
+        os.replace(partial, path)
+        return path
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Samples:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: the file is not one of ours.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        path = Path(folder) / "samples.safetensors"
+        try:
+            with safe_open(path, "pt") as file:
+                header = file.metadata() or {}
+            x = load_file(path)["x"]
+        except (SafetensorError, KeyError) as error:
+            raise ValueError(f"{path} is not a file of samples: {error}") from error
+        if header.get("format") != "fewstep.samples":
+            raise ValueError(f"{path} is not a file of samples")
+        counts, seeds = Counts(**json.loads(header["counts"])), tuple(json.loads(header["seeds"]))
+        return cls(x, counts, float(header["seconds"]), header["method"], seeds, int(header["first"]))
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Samples]) -> Samples:
+        """Join consecutive chunks of the same run."""
+        head = parts[0]
+        x = torch.cat([p.x for p in parts]) if len(parts) > 1 else head.x
+        return cls(x, head.counts, sum(p.seconds for p in parts), head.method, head.seeds, head.first)
+
+    def _several(self, what: str) -> Tensor:
+        if self.num_samples < 2:
+            raise ValueError(f"{what} needs at least 2 samples, got {self.num_samples}")
+        return self.x

@@ -1,0 +1,94 @@
+"""Photographs for training: a folder in memory, and crops that depend on nothing but a seed, a step and an index."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+SUFFIXES = (".jpg", ".jpeg", ".png")
+
+
+def list_images(folder: str | Path) -> list[Path]:
+    """Return the jpg and png files of `folder` in sorted order; ValueError where there are none."""
+    paths = sorted(p for p in Path(folder).iterdir() if p.suffix.lower() in SUFFIXES) if Path(folder).is_dir() else []
+    if not paths:
+        raise ValueError(f"no images ({', '.join(SUFFIXES)}) in {folder}")
+    return paths
+
+
+def load_image(path: Path) -> Tensor:
+    """Return one image as uint8, (3, H, W); ValueError where the file cannot be read as an image."""
+    try:
+        with Image.open(path) as image:
+            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise ValueError(f"{path} cannot be read as an image ({error})") from None
+
+
+def to_units(image: Tensor) -> Tensor:
+    """Return uint8 pixels as float32 in [-1, 1]."""
+    return image.float() / 127.5 - 1
+
+
+@dataclass(frozen=True)
+class CropShape:
+    """`count` crops of `size` x `size` pixels, the batch of one step over all processes."""
+
+    count: int
+    size: int
+
+
+@dataclass(frozen=True)
+class RandomCrops:
+    """Random square crops, flipped and turned in the eight ways of the square.
+
+    Step k takes the shape `cycle[k % len(cycle)]`. Item i of step k depends on (seed, k, i) only, whatever the number of
+    processes.
+
+    Attributes:
+        images: uint8 images, (3, H, W) each, of any sizes.
+        cycle: the shapes of the batches, in turn.
+        seed: seed of the choice of image, place and orientation.
+    """
+
+    images: Sequence[Tensor] = field(repr=False)
+    cycle: tuple[CropShape, ...] = (CropShape(16, 64), CropShape(16, 64), CropShape(16, 64), CropShape(4, 128))
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        largest = max(shape.size for shape in self.cycle)
+        for number, image in enumerate(self.images):
+            if min(image.shape[-2:]) < largest:
+                raise ValueError(f"image {number} is {tuple(image.shape[-2:])}: too small for crops of {largest}")
+
+    def count(self, step: int) -> int:
+        """Return the number of items of this step, over all processes."""
+        return self.cycle[step % len(self.cycle)].count
+
+    def batch(self, step: int, items: Iterable[int]) -> Tensor:
+        """Return the given items of this step, (N, 3, size, size) in [-1, 1]."""
+        size = self.cycle[step % len(self.cycle)].size
+        return to_units(torch.stack([self._crop(np.random.default_rng((self.seed, step, i)), size) for i in items]))
+
+    def _crop(self, rng: np.random.Generator, size: int) -> Tensor:
+        image = self.images[int(rng.integers(len(self.images)))]
+        top, left = (int(rng.integers(side - size + 1)) for side in image.shape[-2:])
+        crop = torch.rot90(image[:, top : top + size, left : left + size], int(rng.integers(4)), (1, 2))
+        return crop.flip(2) if rng.integers(2) else crop
+
+
+def center_crops(images: Sequence[Tensor], size: int) -> Tensor:
+    """Return the middle `size` x `size` pixels of each image, (N, 3, size, size) in [-1, 1]."""
+    crops = []
+    for image in images:
+        top, left = ((side - size) // 2 for side in image.shape[-2:])
+        if top < 0 or left < 0:
+            raise ValueError(f"an image of {tuple(image.shape[-2:])} pixels is too small for crops of {size}")
+        crops.append(image[:, top : top + size, left : left + size])
+    return to_units(torch.stack(crops))

@@ -1,0 +1,204 @@
+"""Photographs in and out: every kind of image file becomes one colour tensor in [0, 1], and back.
+
+Grey files (modes 1, L, LA, I;16, F) are marked `grey` and held as three equal channels. They are restored as the luma of a
+colour image (`fewstep.operators.grey`), and everything that is written of them is grey again.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import struct
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from fewstep.core.files import write_bytes
+
+logger = logging.getLogger(__name__)
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".npy", ".safetensors")
+_GREY = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "F")
+_ALPHA = ("LA", "La", "RGBA", "RGBa", "PA")
+
+
+@dataclass(frozen=True)
+class Photo:
+    """An image file as read.
+
+    Attributes:
+        x: pixels, (1, 3, H, W) float32; in [0, 1], except from .npy and .safetensors, which are kept as they are.
+        path: the file.
+        grey: the file has one channel; `x` holds it three times.
+        jpeg: the file is a JPEG whose pixels are used as they are stored (not rotated by its EXIF tag).
+        notes: what was done to the pixels, one line each, for the report.
+    """
+
+    x: Tensor
+    path: Path
+    grey: bool = False
+    jpeg: bool = False
+    notes: tuple[str, ...] = ()
+
+
+def load_image(path: str | Path) -> Tensor:
+    """Return the pixels of an image file, (1, 3, H, W) float32 in [0, 1]; see `read_photo`."""
+    return read_photo(path).x
+
+
+def read_photo(path: str | Path) -> Photo:
+    """Read an image, or an exact measurement from .npy or .safetensors.
+
+    16-bit files keep their depth, an EXIF orientation is applied, transparency is composited on white, CMYK and
+    palettes are converted to colour. Arrays are (H, W) or (H, W, 3) for .npy, and ([1,] 3, H, W) for .safetensors: its
+    tensor "y", or its only one. They are in [0, 1] units, and noise may carry them outside.
+
+    Raises:
+        ValueError: there is no such file, or it is no image that can be read; the message names path and cause.
+    """
+    path = Path(path)
+    _check_file(path)
+    if path.suffix.lower() in (".npy", ".safetensors"):
+        return _read_array(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                image.load()
+                return _from_pil(image, path)
+    except UnidentifiedImageError:
+        raise ValueError(f"{path} is not an image that can be read") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ValueError(f"{path} is too large: {' '.join(str(error).split())}") from None
+    except (OSError, SyntaxError, EOFError, struct.error) as error:
+        raise ValueError(f"{path} is damaged or truncated ({error})") from None
+
+
+def save_image(x: Tensor, path: str | Path, *, grey: bool = False) -> None:
+    """Write an image as an 8-bit PNG, atomically; values are rounded and clipped to [0, 1].
+
+    Args:
+        x: ([1,] C, H, W) with C = 1 or 3, in [0, 1].
+        path: where to.
+        grey: write one channel, the mean over channels.
+
+    Raises:
+        ValueError: another shape, or values that are not finite.
+    """
+    x = x.detach().cpu()
+    x = x[0] if x.ndim == 4 and x.shape[0] == 1 else x
+    if x.ndim != 3 or x.shape[0] not in (1, 3):
+        raise ValueError(f"expected an image of shape ([1,] 1 or 3, H, W), got {tuple(x.shape)}")
+    x = x.mean(0, keepdim=True) if grey else x
+    if not bool(torch.isfinite(x).all()):
+        raise ValueError(f"an image with NaN or infinite values cannot be written to {path}")
+    pixels = (x.float().clamp(0, 1) * 255).round_().to(torch.uint8).permute(1, 2, 0).numpy()
+    write_bytes(Path(path), png_bytes(pixels))
+
+
+def png_bytes(pixels: np.ndarray) -> bytes:
+    """Return 8-bit pixels, (H, W, 1 or 3), as a PNG file."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(buffer, "png", compress_level=4)
+    return buffer.getvalue()
+
+
+def list_photos(folder: str | Path) -> list[Path]:
+    """Return the image files of a folder in sorted order; ValueError where there are none."""
+    paths = sorted(p for p in Path(folder).iterdir() if p.is_file() and p.suffix.lower() in SUFFIXES)
+    if not paths:
+        raise ValueError(f"no images ({', '.join(SUFFIXES)}) in {folder}")
+    return paths
+
+
+def _check_file(path: Path) -> None:
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, not an image")
+    if not path.exists():
+        raise ValueError(f"{path} does not exist")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path} is empty")
+
+
+def _from_pil(image: Image.Image, path: Path) -> Photo:
+    jpeg, grey, notes = image.format == "JPEG", image.mode in _GREY, []
+    upright = ImageOps.exif_transpose(image)
+    if upright.size != image.size or upright.getexif().get(0x0112) != image.getexif().get(0x0112):
+        notes.append("rotated as its EXIF orientation says")
+        jpeg = False  # the blocks of the file no longer lie on the grid of the pixels
+    if image.mode in _ALPHA or "transparency" in image.info:
+        notes.append("transparency was composited on white")
+    elif grey:
+        notes.append("grey: restored as the luma of a colour image; every output is grey")
+    elif image.mode != "RGB":
+        notes.append(f"converted from {image.mode} to RGB")
+    for note in notes:
+        logger.info("%s: %s", path, note)
+    pixels = torch.from_numpy(_to_array(upright, path)).permute(2, 0, 1)[None]
+    return Photo(pixels.expand(1, 3, -1, -1).contiguous(), path, grey, jpeg, tuple(notes))
+
+
+def _to_array(image: Image.Image, path: Path) -> np.ndarray:
+    """Return (H, W, 1 or 3) float32 in [0, 1]."""
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        return _deep(np.asarray(image, dtype=np.float32), image.mode, path)[..., None]
+    if image.mode in _ALPHA or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba).convert("RGB")
+    mode = "L" if image.mode in ("1", "L") else "RGB"
+    array = np.asarray(image.convert(mode), dtype=np.float32) / 255
+    return array[..., None] if mode == "L" else array
+
+
+def _deep(array: np.ndarray, mode: str, path: Path) -> np.ndarray:
+    """Scale integers of 16 bits by 65535; floats must already lie in [0, 1]."""
+    scaled = array if mode == "F" else array / 65535
+    if not np.isfinite(scaled).all():
+        raise ValueError(f"{path} holds NaN or infinite values")
+    if scaled.min() < 0 or scaled.max() > 1:
+        kind = "floating-point values outside [0, 1]" if mode == "F" else "more than 16 bits per pixel"
+        raise ValueError(f"{path} holds {kind}; rescale it")
+    return scaled
+
+
+def _read_array(path: Path) -> Photo:
+    try:
+        x = _load_npy(path) if path.suffix.lower() == ".npy" else _load_safetensors(path)
+    except (OSError, EOFError) as error:
+        raise ValueError(f"{path} is damaged or truncated ({error})") from None
+    if x.ndim != 4 or x.shape[0] != 1 or x.shape[1] not in (1, 3) or x.numel() == 0:
+        raise ValueError(f"{path} holds shape {tuple(x.shape)}, expected one image of 1 or 3 channels")
+    if not bool(torch.isfinite(x).all()):
+        raise ValueError(f"{path} holds NaN or infinite values")
+    return Photo(x.expand(1, 3, -1, -1).contiguous(), path, grey=x.shape[1] == 1)
+
+
+def _load_npy(path: Path) -> Tensor:
+    try:
+        array = np.load(path, allow_pickle=False)
+    except ValueError as error:
+        raise ValueError(f"{path} is no array that can be read ({error})") from None
+    if array.dtype.kind not in "fiu" or array.ndim not in (2, 3):
+        raise ValueError(f"{path} holds {array.dtype} of shape {array.shape}, expected numbers (H, W) or (H, W, 3)")
+    scale = np.iinfo(array.dtype).max if array.dtype.kind in "iu" else 1
+    x = torch.from_numpy(np.asarray(array, dtype=np.float32) / np.float32(scale))
+    return (x[None] if x.ndim == 2 else x.permute(2, 0, 1))[None]
+
+
+def _load_safetensors(path: Path) -> Tensor:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no safetensors file that can be read ({error})") from None
+    if "y" not in tensors and len(tensors) != 1:
+        raise ValueError(f"{path} holds {sorted(tensors)}, expected one tensor or one called 'y'")
+    x = (tensors["y"] if "y" in tensors else next(iter(tensors.values()))).float()
+    return x[None] if x.ndim == 3 else x

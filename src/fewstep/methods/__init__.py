@@ -1,0 +1,1 @@
+"""Training-free posterior samplers, one file each: the folder is the list."""

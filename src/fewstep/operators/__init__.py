@@ -1,0 +1,1 @@
+"""Forward operators: what deepinv lacks, and the words of the command line."""

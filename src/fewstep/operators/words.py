@@ -1,0 +1,325 @@
+"""The words of `--operator`: one frozen dataclass each, whose fields are the options of the word.
+
+A word builds deepinv's own operator for an image size, the likelihood of a measurement in the prior's coordinates, a
+simulated measurement, and the image that a restoration has to beat. Images are in [0, 1] here, (B, C, H, W).
+"""
+
+from __future__ import annotations
+
+import difflib
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from fewstep.core.likelihood import GaussianLikelihood
+from fewstep.operators import kernels
+from fewstep.operators.base import WORDS, Operator, Shape, option, register, shape_of
+from fewstep.operators.estimate import estimate_sigma
+from fewstep.operators.image import check_kernel, deepinv_physics, image_likelihood
+from fewstep.operators.jpeg import JpegLikelihood, JpegMeasurement, encode
+
+__all__ = ["Operator", "estimate_sigma", "get_operator", "operators"]
+
+
+def operators() -> dict[str, str]:
+    """Return every word with its line of help."""
+    return {word: kind.summary for word, kind in sorted(WORDS.items())}
+
+
+def get_operator(word: str) -> type[Operator]:
+    """Return the class of a word; ValueError with the nearest words where there is none."""
+    if word not in WORDS:
+        near = difflib.get_close_matches(word, list(WORDS), 3, 0.4)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"choose one of {', '.join(sorted(WORDS))}"
+        raise ValueError(f"unknown operator {word!r}; {hint}")
+    return WORDS[word]
+
+
+@register
+@dataclass(frozen=True)
+class Denoise(Operator):
+    """White Gaussian noise and nothing else."""
+
+    word: ClassVar[str] = "denoise"
+    summary: ClassVar[str] = "white noise; sigma is estimated where it is not given"
+    noise: ClassVar[str] = "estimated"
+
+    def build(self, image_shape: Shape, dtype: torch.dtype = torch.float32) -> Any:
+        """See `Operator`."""
+        return deepinv_physics().Denoising()
+
+    def _sigma(self, y: Tensor, sigma: Tensor | float | None) -> Tensor | float:
+        return estimate_sigma(y) if sigma is None else sigma
+
+
+class _Blur(Operator):
+    """Circular convolution with a kernel."""
+
+    @abstractmethod
+    def filter(self) -> Tensor:
+        """Return the kernel, (1, 1, h, w), float64, sum one."""
+
+    def build(self, image_shape: Shape, dtype: torch.dtype = torch.float32) -> Any:
+        """See `Operator`."""
+        kernel = self.filter()
+        check_kernel(kernel, image_shape[1:])
+        return deepinv_physics().BlurFFT(img_size=tuple(image_shape), filter=kernel.to(dtype))
+
+
+@register
+@dataclass(frozen=True)
+class DeblurGaussian(_Blur):
+    """Gaussian blur."""
+
+    word: ClassVar[str] = "deblur-gaussian"
+    summary: ClassVar[str] = "Gaussian blur"
+    width: float = option(2.0, "standard deviation of the blur in pixels")
+
+    def filter(self) -> Tensor:
+        """See `_Blur`."""
+        return kernels.gaussian_kernel(self.width)
+
+
+@register
+@dataclass(frozen=True)
+class DeblurUniform(_Blur):
+    """Box blur."""
+
+    word: ClassVar[str] = "deblur-uniform"
+    summary: ClassVar[str] = "box blur"
+    size: int = option(9, "edge of the box in pixels")
+
+    def filter(self) -> Tensor:
+        """See `_Blur`."""
+        return kernels.uniform_kernel(self.size)
+
+
+@register
+@dataclass(frozen=True)
+class DeblurMotion(_Blur):
+    """Camera shake along a random smooth path."""
+
+    word: ClassVar[str] = "deblur-motion"
+    summary: ClassVar[str] = "motion blur along a random smooth path"
+    size: int = option(31, "edge of the kernel in pixels")
+    length: float = option(0.3, "length scale of the path as a share of the exposure: larger is straighter")
+    spread: float = option(0.25, "size of the path in units of half the kernel")
+    kernel_seed: int = option(0, "seed of the path")
+
+    def filter(self) -> Tensor:
+        """See `_Blur`."""
+        return kernels.motion_kernel(self.size, self.kernel_seed, self.length, self.spread)
+
+
+@register
+@dataclass(frozen=True)
+class Deblur(_Blur):
+    """Blur with a kernel from a file."""
+
+    word: ClassVar[str] = "deblur"
+    summary: ClassVar[str] = "blur with a kernel from a file"
+    kernel: str = option("", "kernel file: PNG, npy or mat")
+    index: int = option(0, "which kernel, where the file holds several")
+
+    def filter(self) -> Tensor:
+        """See `_Blur`."""
+        if not self.kernel:
+            raise ValueError("deblur needs a kernel file (PNG, npy or mat); without one use deblur-gaussian or -motion")
+        return kernels.load_kernel(self.kernel, self.index)
+
+
+@register
+@dataclass(frozen=True)
+class SuperResolution(Operator):
+    """Anti-aliased (bicubic) down-sampling."""
+
+    word: ClassVar[str] = "sr"
+    summary: ClassVar[str] = "bicubic down-sampling: the image is `factor` times larger than the measurement"
+    factor: int = option(4, "2, 3 or 4")
+
+    def __post_init__(self) -> None:
+        if self.factor < 2:
+            raise ValueError(f"the factor of sr must be at least 2, got {self.factor}")
+
+    def build(self, image_shape: Shape, dtype: torch.dtype = torch.float32) -> Any:
+        """See `Operator`."""
+        _, h, w = image_shape
+        if h % self.factor or w % self.factor:
+            raise ValueError(f"sr by {self.factor} needs an image whose sides it divides, got {h} x {w}")
+        library = deepinv_physics()
+        kernel = library.functional.bicubic_filter(self.factor).to(dtype)
+        check_kernel(kernel, (h, w))
+        return library.Downsampling(img_size=tuple(image_shape), filter=kernel, factor=self.factor, padding="circular")
+
+    def image_shape(self, y: Any) -> Shape:
+        """See `Operator`."""
+        return int(y.shape[1]), int(y.shape[2]) * self.factor, int(y.shape[3]) * self.factor
+
+    def baseline(self, y: Any, image_shape: Shape | None = None) -> Tensor:
+        """Return bicubic interpolation of y, moved to where deepinv's decimation keeps its samples."""
+        _, h, w = self.image_shape(y)
+        return _upsample(y, self.factor, (h, w)).clamp(0, 1)
+
+
+def _upsample(y: Tensor, factor: int, size: tuple[int, int]) -> Tensor:
+    """Interpolate bicubically; sample j of y lies at j factor + offset, the centre of mass of what made it."""
+    offset = (factor - 1) / 2 - _sample_centre(factor)
+    rows, columns = ((torch.arange(n, dtype=y.dtype, device=y.device) + 0.5 + offset) / n * 2 - 1 for n in size)
+    grid = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), -1)
+    grid = grid.expand(y.shape[0], *grid.shape)
+    return torch.nn.functional.grid_sample(y, grid, mode="bicubic", padding_mode="border", align_corners=False)
+
+
+def _sample_centre(factor: int) -> float:
+    """Return where in its cell of `factor` pixels a sample of the bicubic operator is centred, in pixels."""
+    length = 4 * factor * 2
+    physics = SuperResolution(factor).build((1, length, length), torch.float64)
+    delta = torch.zeros(1, 1, length // factor, length // factor, dtype=torch.float64)
+    delta[..., 4, 4] = 1
+    row = physics.A_adjoint(delta).sum((0, 1, 2))
+    return float((row * torch.arange(length)).sum() / row.sum()) - 4 * factor
+
+
+class _Mask(Operator):
+    """Some pixels are missing, in all channels at once; they are zero in y."""
+
+    @abstractmethod
+    def known(self, image_shape: Shape) -> Tensor:
+        """Return 1 where a pixel is known, 0 where it is missing, (H, W)."""
+
+    def build(self, image_shape: Shape, dtype: torch.dtype = torch.float32) -> Any:
+        """See `Operator`."""
+        mask = self.known(image_shape).to(dtype).expand(1, *image_shape).contiguous()
+        return deepinv_physics().Inpainting(img_size=tuple(image_shape), mask=mask)
+
+    def likelihood(
+        self, y: Any, image_shape: Shape | None = None, sigma: Tensor | float | None = None, **options: Any
+    ) -> GaussianLikelihood:
+        """See `Operator`; what y holds in missing pixels is not read."""
+        physics = self._physics(y, image_shape)
+        return image_likelihood(physics.A(y), physics, self._sigma(y, sigma), **options)
+
+    def baseline(self, y: Any, image_shape: Shape | None = None) -> Tensor:
+        """Return y with the missing pixels black."""
+        return self._physics(y, image_shape).A(y).clamp(0, 1)
+
+    def _seen(self, noise: Tensor, physics: Any) -> Tensor:
+        return physics.A(noise)
+
+
+@register
+@dataclass(frozen=True)
+class InpaintRandom(_Mask):
+    """Pixels missing at random."""
+
+    word: ClassVar[str] = "inpaint-random"
+    summary: ClassVar[str] = "pixels missing at random"
+    rate: float = option(0.7, "share of the pixels that are missing")
+    mask_seed: int = option(0, "seed of the mask")
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rate < 1:
+            raise ValueError(f"the rate of missing pixels must be in [0, 1), got {self.rate}")
+
+    def known(self, image_shape: Shape) -> Tensor:
+        """See `_Mask`."""
+        draw = torch.rand(image_shape[1:], generator=torch.Generator().manual_seed(self.mask_seed))
+        return (draw >= self.rate).float()
+
+
+@register
+@dataclass(frozen=True)
+class InpaintBox(_Mask):
+    """A missing square in the middle."""
+
+    word: ClassVar[str] = "inpaint-box"
+    summary: ClassVar[str] = "a missing square in the middle"
+    size: int = option(64, "edge of the square in pixels")
+
+    def known(self, image_shape: Shape) -> Tensor:
+        """See `_Mask`."""
+        _, h, w = image_shape
+        if not 0 < self.size <= min(h, w) or self.size == h == w:
+            raise ValueError(f"a missing square of {self.size} pixels does not fit into an image of {h} x {w}")
+        mask = torch.ones(h, w)
+        top, left = (h - self.size) // 2, (w - self.size) // 2
+        mask[top : top + self.size, left : left + self.size] = 0
+        return mask
+
+
+@register
+@dataclass(frozen=True)
+class Inpaint(_Mask):
+    """Missing pixels marked in an image file."""
+
+    word: ClassVar[str] = "inpaint"
+    summary: ClassVar[str] = "missing pixels marked in an image file"
+    mask: str = option("", "mask file of the size of the image: white is known, black is missing")
+
+    def known(self, image_shape: Shape) -> Tensor:
+        """See `_Mask`."""
+        if not self.mask:
+            raise ValueError("inpaint needs a mask file (white is known, black is missing)")
+        try:
+            with Image.open(self.mask) as image:
+                grey = torch.tensor(list(image.convert("L").tobytes())).reshape(image.height, image.width)
+        except (UnidentifiedImageError, OSError) as error:
+            raise ValueError(f"{self.mask} cannot be read as a mask ({error})") from None
+        if tuple(grey.shape) != tuple(image_shape[1:]):
+            h, w = image_shape[1:]
+            raise ValueError(f"the mask {self.mask} is {grey.shape[0]} x {grey.shape[1]}, the image is {h} x {w}")
+        if not bool((known := grey >= 128).any()):
+            raise ValueError(f"the mask {self.mask} marks every pixel as missing")
+        return known.float()
+
+
+@register
+@dataclass(frozen=True)
+class Jpeg(Operator):
+    """JPEG compression: y is a `JpegMeasurement`, the quantised coefficients and tables of the file."""
+
+    word: ClassVar[str] = "jpeg"
+    summary: ClassVar[str] = "JPEG compression; a file's own tables are read from it"
+    noise: ClassVar[str] = "none"
+    quality: int = option(10, "quality at which images are encoded; not used for a file, which holds its tables")
+    subsampling: str = option("4:2:0", "chroma sub-sampling: 4:4:4, 4:2:2 or 4:2:0; not used for a file")
+
+    def build(self, image_shape: Shape, dtype: torch.dtype = torch.float32) -> Callable[[Tensor], JpegMeasurement]:
+        """Return the encoder of images, (B, C, H, W) in [0, 1]."""
+        return lambda x: encode(x, self.quality, self.subsampling)
+
+    def image_shape(self, y: Any) -> Shape:
+        """See `Operator`."""
+        return y.image_shape
+
+    def read(self, path: str | Path) -> JpegMeasurement:
+        """Return what a JPEG file says of its image."""
+        return JpegMeasurement.from_file(path)
+
+    def likelihood(
+        self, y: Any, image_shape: Shape | None = None, sigma: Tensor | float | None = None, **options: Any
+    ) -> JpegLikelihood:
+        """See `Operator`; quantisation is the only noise, so sigma must be absent or 0."""
+        if sigma is not None and bool((torch.as_tensor(sigma) != 0).any()):
+            raise ValueError("jpeg takes no sigma: quantisation is its only noise")
+        if not isinstance(y, JpegMeasurement):
+            raise ValueError("jpeg needs the file, not its pixels: JpegMeasurement.from_file(path)")
+        if image_shape is not None and tuple(image_shape) != y.image_shape:
+            raise ValueError(f"the JPEG file is of an image {y.image_shape}, not {image_shape}")
+        return JpegLikelihood(y, **options)
+
+    def simulate(self, x: Tensor, sigma: Tensor | float = 0.0, seed: int = 0) -> JpegMeasurement:
+        """See `Operator`; encoding has no randomness and takes no sigma."""
+        if bool((torch.as_tensor(sigma) != 0).any()):
+            raise ValueError("jpeg takes no sigma: quantisation is its only noise")
+        return self.build(shape_of(x))(x)
+
+    def baseline(self, y: Any, image_shape: Shape | None = None) -> Tensor:
+        """Return the image as a viewer decodes it."""
+        return y.decoded

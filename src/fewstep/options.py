@@ -1,0 +1,124 @@
+"""Fields of a frozen dataclass from words: the options of methods and operators are their fields, here and nowhere else."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+_TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+
+
+def typed_fields(cls: type, values: Mapping[str, Any], owner: str) -> dict[str, Any]:
+    """Return `values` with strings converted to the types of the fields of a dataclass.
+
+    Args:
+        cls: the dataclass; a field whose metadata has a "flag" is given by that name too.
+        values: field names, "-" read as "_", and their values; those that are no strings pass unchanged.
+        owner: what to call it in messages, e.g. "method diffpir".
+
+    Raises:
+        ValueError: an unknown field, with a suggestion, or a value that is not of its type.
+    """
+    hints = typing.get_type_hints(cls)
+    names = {flag_of(f): f.name for f in dataclasses.fields(cls) if f.init}
+    return _typed(names, hints, values, owner)
+
+
+def typed_arguments(function: Callable[..., Any], values: Mapping[str, Any], owner: str) -> dict[str, Any]:
+    """Return `values` with strings converted to the types of the parameters of a function; see `typed_fields`."""
+    hints = typing.get_type_hints(function)
+    return _typed({name: name for name in inspect.signature(function).parameters}, hints, values, owner)
+
+
+def flag_of(field: dataclasses.Field[Any]) -> str:
+    """Return the name of a field on the command line, with "_"."""
+    return str(field.metadata.get("flag", field.name))
+
+
+def suggestion(word: str, choices: Iterable[str]) -> str:
+    """Return "did you mean ...?" where something is near, the list of choices otherwise."""
+    choices = sorted(choices)
+    if not choices:
+        return "it has none"
+    near = difflib.get_close_matches(word, choices, 2, 0.5)
+    return f"did you mean {' or '.join(near)}?" if near else f"choose one of {', '.join(choices)}"
+
+
+def assignments(words: Iterable[str]) -> dict[str, str]:
+    """Return {"field": "value"} for words "field=value"; ValueError for anything else."""
+    out = {}
+    for word in words:
+        name, sign, value = word.partition("=")
+        if not sign or not name.strip():
+            raise ValueError(f"expected field=value, got {word!r}")
+        out[name.strip()] = value.strip()
+    return out
+
+
+def pairs(words: Sequence[str]) -> dict[str, str]:
+    """Return {"name": "value"} for words "--name value" or "--name=value"; ValueError for anything else."""
+    out, rest = {}, list(words)
+    while rest:
+        name, sign, value = rest.pop(0).partition("=")
+        if not name.startswith("--") or len(name) < 3 or (not sign and not rest):
+            raise ValueError(f"expected --name value, got {name!r}")
+        out[name[2:]] = value if sign else rest.pop(0)
+    return out
+
+
+def _typed(names: Mapping[str, str], hints: Mapping[str, Any], values: Mapping[str, Any], owner: str) -> dict[str, Any]:
+    out = {}
+    for given, value in values.items():
+        flag = given.replace("-", "_")
+        if flag not in names:
+            raise ValueError(f"{owner} has no option {given!r}; {suggestion(flag, names)}")
+        out[names[flag]] = _convert(value, hints[names[flag]], f"{owner}: {flag}")
+    return out
+
+
+def _convert(value: Any, hint: Any, where: str) -> Any:
+    if not isinstance(value, str):
+        return value
+    for kind in _alternatives(hint):
+        try:
+            return _parse(value, kind)
+        except (ValueError, TypeError):
+            continue
+    wanted = " or ".join(getattr(kind, "__name__", str(kind)) for kind in _alternatives(hint))
+    raise ValueError(f"{where} must be {wanted}, got {value!r}")
+
+
+def _alternatives(hint: Any) -> list[Any]:
+    """Return the members of a union, None first and text last so that the narrowest reading wins."""
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    members = list(typing.get_args(hint)) if union else [hint]
+    order = {type(None): 0, bool: 1, int: 2, float: 3, Path: 5, str: 6}
+    return sorted(members, key=lambda kind: order.get(kind, 4))
+
+
+def _parse(value: str, kind: Any) -> Any:
+    """Return `value` as a `kind`; ValueError where it is none."""
+    origin, inner = typing.get_origin(kind), [a for a in typing.get_args(kind) if a is not Ellipsis]
+    if origin in (tuple, list, Sequence):
+        parts = [part.strip() for part in value.split(",") if part.strip()]
+        kinds = inner * len(parts) if len(inner) == 1 else inner
+        return tuple(_parse(part, k) for part, k in zip(parts, kinds, strict=True))
+    if kind is type(None):
+        return _choice(value.lower(), {"none": None, "null": None})
+    if kind is bool:
+        return _choice(value.lower(), {**dict.fromkeys(_TRUE, True), **dict.fromkeys(_FALSE, False)})
+    if kind not in (int, float, str, Path):
+        raise ValueError(value)
+    return kind(value)
+
+
+def _choice(value: str, meanings: Mapping[str, Any]) -> Any:
+    if value not in meanings:
+        raise ValueError(value)
+    return meanings[value]

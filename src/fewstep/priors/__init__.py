@@ -1,0 +1,1 @@
+"""Diffusion priors: exact ones, networks and their loaders."""

@@ -1,0 +1,137 @@
+"""Recipes: YAML files that say how a shipped model was trained, read strictly."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+if TYPE_CHECKING:
+    from fewstep.priors.unet import UNetDenoiser
+    from fewstep.training import Trainer
+
+FOLDER = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class PriorRecipe:
+    """The recipe of an image prior.
+
+    Attributes:
+        holdout: images kept for validation, the last ones in sorted order.
+        network: fields of `UNetConfig`.
+        objective: fields of `DenoisingScoreMatching`.
+        crops: batch shapes, in turn: [[count, size], ...].
+        training: fields of `TrainingOptions`.
+        validation: fields of `DenoisingPSNR`.
+    """
+
+    holdout: int
+    network: Mapping[str, Any]
+    objective: Mapping[str, Any]
+    crops: Sequence[Sequence[int]]
+    training: Mapping[str, Any]
+    validation: Mapping[str, Any]
+
+
+def read_recipe(path: str | Path) -> PriorRecipe:
+    """Return the recipe at `path`, or the shipped one of that name ("natural").
+
+    Raises:
+        ValueError: the file is missing, is no YAML mapping, lacks a key or has one that is not known.
+    """
+    import yaml
+
+    file = FOLDER / f"{path}.yaml" if (FOLDER / f"{path}.yaml").is_file() else Path(path)
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"{file} cannot be read as a recipe ({error})") from None
+    return build(PriorRecipe, values, str(file))
+
+
+def build(cls: type, values: Any, where: str) -> Any:
+    """Return `cls(**values)` after checking every key against the fields of the dataclass `cls`.
+
+    Raises:
+        ValueError: `values` is no mapping, a key is unknown (the nearest known one is named) or missing, or a value is
+            refused.
+    """
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where} must be a mapping of names to values")
+    known = [f.name for f in fields(cls)]
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+            raise ValueError(f"{where}: unknown key {key!r}; {hint}")
+    needed = {f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING}
+    if missing := sorted(needed - set(values)):
+        raise ValueError(f"{where} lacks {', '.join(missing)}")
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def prior_trainer(recipe: PriorRecipe, data: str | Path, out: str | Path, steps: int | None = None) -> Trainer:
+    """Return the trainer that `recipe` describes, on the images in `data`, writing to `out`.
+
+    Every process starts from the same weights, drawn from the recipe's seed.
+    """
+    import torch
+
+    from fewstep.data import CropShape, RandomCrops, list_images, load_image
+    from fewstep.objectives.denoising import DenoisingScoreMatching
+    from fewstep.priors.unet import UNetConfig, UNetDenoiser
+    from fewstep.recipes.validation import DenoisingPSNR
+    from fewstep.training import Trainer, TrainingOptions
+
+    options = build(TrainingOptions, recipe.training, "training")
+    options = options if steps is None else replace(options, steps=steps)
+    config = build(UNetConfig, recipe.network, "network")
+    objective = build(DenoisingScoreMatching, recipe.objective, "objective")
+    images = [load_image(path) for path in list_images(data)]
+    if not 0 < recipe.holdout < len(images):
+        raise ValueError(f"holdout is {recipe.holdout}, but {data} has {len(images)} images")
+    crops = tuple(CropShape(*shape) for shape in recipe.crops)
+    with torch.random.fork_rng():
+        torch.manual_seed(options.seed)
+        model = UNetDenoiser(config)
+    return Trainer(
+        model=model,
+        objective=objective,
+        data=RandomCrops(images[: -recipe.holdout], crops, options.seed),
+        out=Path(out),
+        options=options,
+        validate=build(DenoisingPSNR, recipe.validation, "validation").on(images[-recipe.holdout :]),
+        export=partial(UNetDenoiser.save, folder=Path(out) / "prior"),
+        describe={
+            "network": asdict(config),
+            "objective": asdict(objective),
+            "crops": recipe.crops,
+            "seed": options.seed,
+        },
+    )
+
+
+def train_prior(
+    recipe: str | Path, data: str | Path, out: str | Path, steps: int | None = None, resume: bool = True
+) -> UNetDenoiser:
+    """Train the prior of `recipe` on the folder of images `data`; return it with averaged weights.
+
+    `out` receives checkpoints, `log.jsonl` and the folder `prior`, which `load_prior` reads. `steps` replaces the
+    recipe's number of steps; `resume` continues from the last checkpoint in `out`.
+
+    Raises:
+        ValueError: the recipe, the images or the checkpoint cannot be used.
+        KeyboardInterrupt: the training was told to stop; a checkpoint was written first.
+    """
+    trainer = prior_trainer(read_recipe(recipe), data, out, steps)
+    prior = trainer.run(resume)
+    if not trainer.finished:
+        raise KeyboardInterrupt(f"stopped after step {trainer.step} of {trainer.options.steps}; run again to resume")
+    return cast("UNetDenoiser", prior)

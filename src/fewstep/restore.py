@@ -1,0 +1,308 @@
+"""The main job as one function: a photograph in, samples of what it may have been and how far to trust them out."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.core.denoiser import Denoiser
+from fewstep.core.files import write_bytes
+from fewstep.core.likelihood import Likelihood
+from fewstep.core.problem import Posterior
+from fewstep.core.sampler import Sampler, settings
+from fewstep.images import list_photos, read_photo, save_image
+from fewstep.operators.grey import in_colour, luma
+from fewstep.operators.image import to_unit
+from fewstep.outputs import (
+    REPORT,
+    RESULT,
+    Truth,
+    clear,
+    device_name,
+    std_map,
+    versions,
+    width_map,
+    write_json,
+    write_summary,
+)
+from fewstep.priors.windowed import Windowed
+from fewstep.report import Map, Picture, Report, render
+from fewstep.store import SampleStore, Summary
+from fewstep.task import DEFAULT_METHOD, DEFAULT_PRIOR, Settings, Task, build_sampler, command_line, prepare
+
+__all__ = ["DEFAULT_METHOD", "DEFAULT_PRIOR", "Result", "Settings", "restore", "restore_folder"]
+
+_HALF = 1 << 28  # numbers in all samples beyond which they are stored in half precision
+
+Progress = Callable[[str, int, int, int], None]  # (file name, steps done, steps in all, network calls done)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was restored.
+
+    Attributes:
+        folder: where everything lies.
+        record: the content of `result.json`.
+        summary: mean, standard deviation and interval in [0, 1]; None where nothing was finished.
+    """
+
+    folder: Path
+    record: dict[str, Any]
+    summary: Summary | None
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether the run was stopped before its last sample."""
+        return bool(self.record["interrupted"])
+
+
+def restore(
+    path: str | Path,
+    out: str | Path,
+    chosen: Settings | None = None,
+    *,
+    progress: Progress | None = None,
+    prior: Denoiser | None = None,
+) -> Result:
+    """Restore one photograph into the folder `out`.
+
+    It writes measurement.png, sample-00.png, ..., samples.safetensors, mean.png, std.png, interval-low.png,
+    interval-high.png, interval-width.png, report.html and result.json, each whole or not at all. After an interruption
+    (KeyboardInterrupt) the finished samples are kept and summarised, and `Result.interrupted` is true.
+
+    Args:
+        path: an image file.
+        out: a folder, made where it is missing; what an earlier run wrote there is replaced.
+        chosen: how; the defaults where None.
+        progress: called after every step.
+        prior: used instead of `chosen.prior`.
+
+    Raises:
+        ValueError: bad input, with cause and way out.
+        FloatingPointError: the run diverged.
+        OSError: the folder cannot be written.
+    """
+    chosen = chosen or Settings()
+    sampler, photo = build_sampler(chosen), read_photo(path)
+    device = pick_device(chosen.device)
+    task = prepare(photo, chosen, device)
+    denoiser = _windowed(prior or open_prior(chosen.prior), chosen.window).to(device)
+    task = replace(task, likelihood=_in_channels(task.likelihood, denoiser))
+    problem = Posterior(denoiser, task.likelihood)
+    sampler._check(problem, chosen.samples)
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    clear(folder)
+    save_image(task.shown, folder / "measurement.png", grey=photo.grey)
+    if task.truth is not None:
+        save_image(task.truth, folder / "truth.png", grey=photo.grey)
+    return _Run(folder, chosen, sampler, task, problem, progress).result()
+
+
+def restore_folder(
+    path: str | Path,
+    out: str | Path,
+    chosen: Settings,
+    *,
+    progress: Progress | None = None,
+    share: tuple[int, int] = (0, 1),
+) -> tuple[list[Result], dict[str, str]]:
+    """Restore every photograph of a folder into a folder of its own name; return the results and what failed, and why.
+
+    Args:
+        path: a folder of images.
+        out: the folder of the folders.
+        chosen: how.
+        progress: called after every step.
+        share: (rank, processes): every process takes each `processes`-th image, starting with its rank.
+    """
+    build_sampler(chosen)  # an unknown method or field fails once, not for every image
+    prior = open_prior(chosen.prior)
+    results: list[Result] = []
+    failures: dict[str, str] = {}
+    photos = list_photos(path)
+    names = _names(photos)
+    for photo in photos[share[0] :: share[1]]:
+        try:
+            results.append(restore(photo, Path(out) / names[photo], chosen, progress=progress, prior=prior))
+        except (ValueError, FloatingPointError, OSError) as error:
+            failures[photo.name] = str(error)
+            continue
+        if results[-1].interrupted:
+            break
+    return results, failures
+
+
+def open_prior(name: str) -> Denoiser:
+    """Return the prior called `name`, or that of a folder."""
+    from fewstep.priors.loaders import load_prior
+
+    return load_prior(name)
+
+
+def pick_device(name: str | None) -> torch.device:
+    """Return the device called `name`, a GPU where None and there is one; ValueError where it is not there."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.zeros((), device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+
+
+class _Run:
+    """One run: draws, writes what is finished, summarises."""
+
+    def __init__(
+        self,
+        folder: Path,
+        chosen: Settings,
+        sampler: Sampler,
+        task: Task,
+        problem: Posterior,
+        progress: Progress | None,
+    ) -> None:
+        self.folder, self.chosen, self.sampler, self.task = folder, chosen, sampler, task
+        self.problem, self.progress = problem, progress
+        self.scores = Truth(task.truth, chosen.lpips_weights)
+        self.sample: Tensor | None = None  # the first one, for the report
+        self.begin = time.perf_counter()
+
+    def result(self) -> Result:
+        """Draw, and write everything, also when interrupted."""
+        shape, interrupted = (1, *self.task.likelihood.event_shape), False
+        dtype = torch.float16 if self.chosen.samples * math.prod(shape) > _HALF else torch.float32
+        with SampleStore(self.folder, shape, dtype) as store:
+            try:
+                self._draw(store)
+            except KeyboardInterrupt:
+                interrupted = True
+            summary = store.summary(self.output, self.chosen.level) if store.count else None
+        record = self._record(store, summary, interrupted)
+        self._write_report(record, summary)
+        write_json(self.folder / RESULT, record)
+        return Result(self.folder, record, summary)
+
+    def output(self, x: Tensor) -> Tensor:
+        """Return samples, (..., 3, H, W), as what is delivered: in [0, 1], and grey where the photograph is."""
+        x = to_unit(x).clamp(0, 1)
+        return luma(x).expand_as(x) if self.task.photo.grey else x
+
+    def _draw(self, store: SampleStore) -> None:
+        for part in self.sampler.stream(
+            self.problem, self.chosen.samples, seed=self.chosen.seed, chunk=self._chunk(), callback=self._report
+        ):
+            for number, x in enumerate(part.x, part.first):
+                sample = self.output(x.float().cpu())
+                save_image(sample, self.folder / f"sample-{number:02d}.png", grey=self.task.photo.grey)
+                self.scores.see(sample)
+                self.sample = sample if self.sample is None else self.sample
+            store.append(part)
+
+    def _chunk(self) -> int:
+        """Return how many samples run together: the bound on memory, without any effect on the result."""
+        pixels = math.prod(self.task.likelihood.event_shape[-2:])
+        return max(1, (1 << 22 if self.task.likelihood.device.type == "cuda" else 1 << 18) // pixels)
+
+    def _report(self, done: int, total: int, _state: Any) -> None:
+        if self.progress is not None:
+            calls = round(done / total * self.sampler.nfe * self.chosen.samples)
+            self.progress(self.task.photo.path.name, done, total, calls)
+
+    def _record(self, store: SampleStore, summary: Summary | None, interrupted: bool) -> dict[str, Any]:
+        task, chosen = self.task, self.chosen
+        maps = write_summary(self.folder, summary, task.photo.grey) if summary else {}
+        return {
+            "input": str(task.photo.path),
+            "size": list(task.likelihood.event_shape),
+            "method": {"name": chosen.method, **settings(self.sampler)},
+            "exact": self.sampler.exact,
+            "operator": {"name": task.word.word, "description": task.word.describe()},
+            "sigma": task.sigma,
+            "prior": chosen.prior,
+            "seed": chosen.seed,
+            "num_samples": store.count,
+            "interrupted": interrupted,
+            "nfe": store.counts.network,
+            "vjp": store.counts.vjp,
+            "operator_calls": store.counts.operator,
+            "seconds": round(time.perf_counter() - self.begin, 3),
+            "device": device_name(task.likelihood.device),
+            "level": chosen.level,
+            "white": maps,
+            "notes": list(task.notes),
+            "versions": versions(),
+            **self.scores.scores(task.baseline, summary, chosen.level),
+        }
+
+    def _write_report(self, record: dict[str, Any], summary: Summary | None) -> None:
+        if summary is None or self.sample is None:
+            return
+        percent = f"{100 * self.chosen.level:.0f} %"
+        pictures = [
+            Picture("Measurement", self.task.baseline),
+            Picture("Mean: the average of the samples", summary.mean),
+            Picture("Sample: one of them", self.sample),
+            *([Picture("Truth", self.task.truth)] if self.task.truth is not None else []),
+        ]
+        maps = []
+        if summary.std is not None:
+            maps = [
+                Map("Standard deviation", std_map(summary)),
+                Map(f"Width of the {percent} interval", width_map(summary)),
+            ]
+        report = Report(
+            title=f"{self.task.photo.path.name}, restored",
+            lead=f"{record['num_samples']} samples by {self.chosen.method} under {record['operator']['description']}",
+            pictures=pictures,
+            maps=maps,
+            table={k: v for k, v in record.items() if v not in (None, [], {})},
+            command=command_line(self.task.photo.path, self.folder, self.chosen),
+            limit=f"{self.chosen.method} converges to: {self.sampler.limit}.",
+            reference=self.sampler.reference,
+            warnings=_warnings(record, self.sampler),
+        )
+        write_bytes(self.folder / REPORT, render(report).encode())
+
+
+def _warnings(record: dict[str, Any], sampler: Sampler) -> list[str]:
+    """Return what the reader of a report must not miss."""
+    lines = []
+    if record["interrupted"]:
+        lines.append(f"The run was interrupted; this is what {record['num_samples']} finished samples say.")
+    if sampler.exact == "mode":
+        lines.append("This method gives a point estimate: the spread of its samples is no uncertainty.")
+    elif sampler.exact == "biased":
+        lines.append(
+            "This method does not sample the exact posterior: read the intervals as its own, not as guaranteed."
+        )
+    return lines
+
+
+def _windowed(prior: Denoiser, window: int) -> Denoiser:
+    """Return the prior in windows where it takes images of any size."""
+    return Windowed(prior, window) if None in prior.event_shape else prior
+
+
+def _in_channels(likelihood: Likelihood, prior: Denoiser) -> Likelihood:
+    """Return the likelihood for the channels of the prior: a grey one becomes one of the luma of colour images."""
+    given, wanted = likelihood.event_shape[0], prior.event_shape[0]
+    if given == 1 and wanted == 3:
+        return in_colour(likelihood)
+    if given != wanted:
+        raise ValueError(f"the prior is of {wanted} channels, the measurement of an image of {given}")
+    return likelihood
+
+
+def _names(photos: list[Path]) -> dict[Path, str]:
+    """Return a folder name for each file: its stem, or its whole name where two files share a stem."""
+    stems = [photo.stem for photo in photos]
+    return {photo: photo.stem if stems.count(photo.stem) == 1 else photo.name.replace(".", "-") for photo in photos}

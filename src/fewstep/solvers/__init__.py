@@ -1,0 +1,1 @@
+"""Samplers of the prior alone, one file each."""

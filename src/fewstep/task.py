@@ -1,0 +1,194 @@
+"""What is to be restored, and how: settings, and a photograph made ready."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.core.likelihood import Likelihood
+from fewstep.core.registry import get
+from fewstep.core.sampler import Sampler
+from fewstep.images import Photo
+from fewstep.operators.estimate import estimate_sigma
+from fewstep.operators.words import Operator, get_operator, operators
+from fewstep.options import typed_fields
+
+DEFAULT_METHOD = "diffpir"
+DEFAULT_PRIOR = "natural"
+QUANTISATION = 1 / 255 / math.sqrt(12)  # standard deviation of the rounding to 8 bits
+JPEG = "jpeg"  # the operator of a photograph that is itself a JPEG file
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to restore; everything that a result depends on beside the file.
+
+    Attributes:
+        operator: word of the operator, see `fewstep operators`; None for a JPEG file means its own compression.
+        operator_fields: fields of the operator, as values or as text.
+        sigma: noise standard deviation in [0, 1] units; None lets the operator estimate it where it can.
+        method: name of the sampler.
+        preset: named settings of the method.
+        method_fields: fields of the method, as values or as text; they go before the preset.
+        samples: how many, K.
+        seed: sample k depends on the measurement, the seed and k alone.
+        prior: name or folder of the prior.
+        simulate: the photograph is clean: degrade it first, and score the result.
+        level: probability of the intervals.
+        lpips_weights: where LPIPS finds its weights.
+        window: side of the windows in which the network runs, pixels; smaller needs less memory.
+        device: "cpu", "cuda", ...; None takes a GPU where there is one.
+    """
+
+    operator: str | None = None
+    operator_fields: Mapping[str, Any] = field(default_factory=dict)
+    sigma: float | None = None
+    method: str = DEFAULT_METHOD
+    preset: str | None = None
+    method_fields: Mapping[str, Any] = field(default_factory=dict)
+    samples: int = 16
+    seed: int = 0
+    prior: str = DEFAULT_PRIOR
+    simulate: bool = False
+    level: float = 0.9
+    lpips_weights: str | None = None
+    window: int = 512
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.sigma is not None and not (math.isfinite(self.sigma) and self.sigma >= 0):
+            raise ValueError(f"sigma must be finite and not negative, got {self.sigma}")
+        if self.sigma is not None and self.sigma > 1:
+            raise ValueError(f"sigma is in units of [0, 1] images, got {self.sigma}; for 8-bit units divide by 255")
+        if self.samples < 1:
+            raise ValueError(f"samples must be at least 1, got {self.samples}")
+        if not 0 < self.level < 1:
+            raise ValueError(f"level must lie in (0, 1), got {self.level}")
+        if self.window < 64:
+            raise ValueError(f"windows must have at least 64 pixels per side, got {self.window}")
+        if not isinstance(self.seed, int) or self.seed < 0:
+            raise ValueError(f"seed must be a number from 0, got {self.seed}")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A photograph made ready: what was measured, how, and what is known about it.
+
+    Attributes:
+        photo: the file.
+        word: the operator, with its fields.
+        y: the measurement, in the operator's own shape.
+        sigma: noise standard deviation in [0, 1] units, None for an operator without Gaussian noise.
+        likelihood: p(y | x) for x in [-1, 1].
+        baseline: what can be shown without a prior, (1, 3, H, W) in [0, 1].
+        truth: the clean image, or None.
+        notes: what was done to pixels and noise level without being asked, one line each.
+    """
+
+    photo: Photo
+    word: Operator
+    y: Any
+    sigma: float | None
+    likelihood: Likelihood
+    baseline: Tensor
+    truth: Tensor | None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def shown(self) -> Tensor:
+        """The measurement where it is an image itself, the baseline otherwise."""
+        image = (
+            isinstance(self.y, Tensor) and not self.y.is_complex() and self.y.ndim == 4 and self.y.shape[1] in (1, 3)
+        )
+        return self.y if image else self.baseline
+
+
+def build_sampler(chosen: Settings) -> Sampler:
+    """Return the sampler that the settings name; ValueError with a suggestion where a word is unknown."""
+    cls = get(chosen.method)
+    values = typed_fields(cls, chosen.method_fields, f"method {chosen.method}")
+    return cls.preset(chosen.preset, **values) if chosen.preset else cls(**values)
+
+
+def build_word(name: str, fields: Mapping[str, Any]) -> Operator:
+    """Return the operator called `name` with these fields; ValueError with a suggestion where a word is unknown."""
+    cls = get_operator(name)
+    return cls(**typed_fields(cls, fields, f"operator {name}"))
+
+
+def prepare(photo: Photo, chosen: Settings, device: torch.device) -> Task:
+    """Return the task of a photograph: degraded first where the settings say so.
+
+    Raises:
+        ValueError: no operator for a file that is not a JPEG, or one that does not fit the image.
+    """
+    word = _word_of(photo, chosen)
+    truth = photo.x if chosen.simulate else None
+    y = _simulated(word, photo, chosen) if chosen.simulate else _read(word, photo)
+    sigma = _known_sigma(word, y, chosen)
+    level = sigma if sigma is None or word.noise == "none" else max(sigma, QUANTISATION)
+    if isinstance(y, Tensor):
+        likelihood = word.likelihood(y.to(device), sigma=level)
+    else:
+        likelihood = word.likelihood(y, sigma=level, device=device)
+    baseline = word.baseline(y).float().cpu().clamp(0, 1)
+    notes = (*photo.notes, *_notes(sigma, chosen))
+    return Task(photo, word, y, sigma, likelihood, baseline.expand(-1, 3, -1, -1), truth, notes)
+
+
+def command_line(path: Path, out: Path, chosen: Settings) -> str:
+    """Return the line that repeats this run."""
+    words = ["fewstep", "restore", str(path), "--out", str(out), "--method", chosen.method]
+    for flag in ("operator", "sigma", "preset", "samples", "seed", "prior", "level", "window"):
+        value = getattr(chosen, flag)
+        if value is not None and value != Settings.__dataclass_fields__[flag].default:
+            words += [f"--{flag}", str(value)]
+    for name, value in chosen.operator_fields.items():
+        words += [f"--{name.replace('_', '-')}", str(value)]
+    for name, value in chosen.method_fields.items():
+        words += ["--set", f"{name}={value}"]
+    return shlex.join([*words, *(["--simulate"] if chosen.simulate else [])])
+
+
+def _word_of(photo: Photo, chosen: Settings) -> Operator:
+    if chosen.operator is not None:
+        return build_word(chosen.operator, chosen.operator_fields)
+    if photo.jpeg and not chosen.simulate:
+        return build_word(JPEG, chosen.operator_fields)
+    why = "is to be degraded" if chosen.simulate else "is no JPEG, whose compression would be recognised"
+    raise ValueError(f"{photo.path} {why}: give --operator, one of {', '.join(operators())}")
+
+
+def _simulated(word: Operator, photo: Photo, chosen: Settings) -> Any:
+    """Return a measurement of a clean photograph, of one channel where that is grey."""
+    if chosen.sigma is None and word.noise != "none":
+        raise ValueError(f"give --sigma, the noise to be added under {word.word} in units of [0, 1]; 0 for none")
+    return word.simulate(photo.x[:, :1] if photo.grey else photo.x, chosen.sigma or 0.0, chosen.seed)
+
+
+def _read(word: Operator, photo: Photo) -> Any:
+    """Return the measurement in a file, of one channel where that is grey."""
+    y = word.read(photo.path)
+    return y[:, :1] if photo.grey and isinstance(y, Tensor) else y
+
+
+def _known_sigma(word: Operator, y: Any, chosen: Settings) -> float | None:
+    """Return the noise level of a measurement: as given, or estimated where the operator allows that."""
+    if chosen.sigma is not None or word.noise != "estimated":
+        return chosen.sigma
+    return float(estimate_sigma(y)[0])
+
+
+def _notes(sigma: float | None, chosen: Settings) -> list[str]:
+    if sigma is None:
+        return []
+    if chosen.sigma is None:
+        return [f"sigma was estimated as {sigma:.4f}, that is {255 * sigma:.1f} of 255 grey levels"]
+    return [f"sigma {sigma:g} counts as {QUANTISATION:.4f}, the rounding to 8 bits"] if sigma < QUANTISATION else []

@@ -1,0 +1,1 @@
+"""Exported checks and closed-form truths."""

@@ -1,0 +1,172 @@
+"""`check_sampler`: the contract that every posterior sampler passes, exported so that plug-ins can be held to it too.
+
+Each check raises AssertionError with what was found. Thresholds are in standard errors of the Monte-Carlo estimates.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.core.problem import Posterior
+from fewstep.core.reference import Reference
+from fewstep.core.sampler import Sampler
+from fewstep.testing.law import GaussianLaw, affine_error, distance
+from fewstep.testing.problems import ExactProblem, gaussian_problem
+from fewstep.testing.propagate import finite_step_law
+
+STANDARD_ERRORS = 5.0  # with some 50 statistics per check, a right sampler exceeds this about once in 30 000 checks
+
+
+def check_sampler(sampler: Any, *, affine: bool = True, fine: Mapping[str, Any] | None = None) -> None:
+    """Hold a sampler to the whole contract.
+
+    Args:
+        sampler: a `Sampler` with few steps, so that the checks are quick.
+        affine: whether it is affine in its noise on a Gaussian problem; if not, its finite-step law is not checked here.
+        fine: fields at which it should be near what it declares; needed for samplers that declare "posterior".
+
+    Raises:
+        AssertionError: a check failed.
+    """
+    check_form(sampler)
+    check_randomness(sampler)
+    check_independence(sampler)
+    check_side_effects(sampler)
+    check_cost(sampler)
+    if affine:
+        check_law(sampler)
+    if type(sampler).exact == "posterior":
+        assert fine is not None, "a sampler that declares 'posterior' needs the fields at which it is near it"
+        check_convergence(dataclasses.replace(sampler, **fine))
+
+
+def check_form(sampler: Sampler) -> None:
+    """Frozen documented fields, reference, declarations, presets, a repr that round-trips, shape and dtype."""
+    cls = type(sampler)
+    assert dataclasses.is_dataclass(cls) and cls.__dataclass_params__.frozen, "must be a frozen dataclass"
+    for field in dataclasses.fields(cls):
+        assert f"{field.name}:" in (cls.__doc__ or ""), f"field {field.name} is not documented in the class docstring"
+    assert isinstance(cls.reference, Reference)
+    assert cls.exact in {"posterior", "biased", "mode"} and cls.limit
+    assert cls.needs <= {"gradient", "prox", "draw", "svd", "gaussian", "jvp"}
+    assert eval(repr(sampler), {cls.__name__: cls}) == sampler, "repr does not round-trip"
+    assert all(isinstance(cls.preset(name), cls) for name in cls.presets)
+    for dtype in (torch.float64, torch.float32):
+        problem = _cast(gaussian_problem(batch=2).problem, dtype)
+        x = sampler(problem, 3).x
+        assert x.shape == (3, 2, 5) and x.dtype == dtype, f"got {tuple(x.shape)} {x.dtype}"
+        assert bool(torch.isfinite(x).all())
+
+
+def check_randomness(sampler: Sampler) -> None:
+    """Same seed, same bits; another seed, another sample; the global generator untouched."""
+    problem = gaussian_problem().problem
+    before = torch.random.get_rng_state()
+    first, again, other = (sampler(problem, 2, seed=s).x for s in (3, 3, 4))
+    assert torch.equal(before, torch.random.get_rng_state()), "the global generator was used"
+    assert torch.equal(first, again), "the same seed gives other samples"
+    if type(sampler).exact != "mode":
+        assert not torch.allclose(first, other), "another seed gives the same samples"
+        assert not torch.allclose(first[0], first[1]), "two samples of one run are the same"
+
+
+def check_independence(sampler: Sampler, tol: float = 1e-9) -> None:
+    """An item alone, in a batch, in chunks and with another number of samples: the same sample."""
+    problem = gaussian_problem(batch=3).problem
+    seeds = [11, 12, 13]
+    together = sampler(problem, 4, seed=seeds).x
+    chunked = sampler(problem, 4, seed=seeds, chunk=3).x
+    fewer = sampler(problem, 2, seed=seeds).x
+    like = problem.likelihood
+    one = type(like)(like.y[1:2], like.physics, like.sigma[1:2])  # type: ignore[attr-defined, call-arg]
+    alone = sampler(Posterior(problem.prior, one), 4, seed=seeds[1]).x
+    for name, left, right in (
+        ("chunked", together, chunked),
+        ("fewer samples", together[:2], fewer),
+        ("alone", together[:, 1:2], alone),
+    ):
+        error = float((left - right).abs().max())
+        assert error <= tol, f"{name}: the sample of an item changes by {error:.2g}"
+
+
+def check_side_effects(sampler: Sampler) -> None:
+    """Inputs, parameters, requires_grad and training mode are as they were."""
+    problem = gaussian_problem(batch=2).problem
+    like: Any = problem.likelihood
+    before = [like.y.clone(), like.sigma.clone(), like.physics.matrix.clone(), *_values(problem)]
+    flags = [(m.training, [p.requires_grad for p in m.parameters()]) for m in problem.prior.modules()]
+    sampler(problem, 2)
+    after = [like.y, like.sigma, like.physics.matrix, *_values(problem)]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)), "an input was modified"
+    assert flags == [(m.training, [p.requires_grad for p in m.parameters()]) for m in problem.prior.modules()]
+
+
+def check_cost(sampler: Sampler) -> None:
+    """Measured network calls equal the declared number."""
+    measured = sampler(gaussian_problem().problem, 2).counts.network
+    assert measured == sampler.nfe, f"declares {sampler.nfe} network calls, makes {measured}"
+
+
+def check_law(sampler: Sampler, num_samples: int = 4000) -> None:
+    """Mean and covariance of samples agree with the exact finite-step law, in standard errors."""
+    exact = gaussian_problem()
+    error = affine_error(sampler, exact.problem)
+    assert error < 1e-6, f"not affine in its noise (relative defect {error:.2g}); pass affine=False"
+    law = finite_step_law(sampler, exact.problem)
+    x = sampler(exact.problem, num_samples, seed=5).x[:, 0]
+    score = standard_errors(x, law)
+    assert score < STANDARD_ERRORS, f"samples are {score:.1f} standard errors from the finite-step law"
+
+
+def check_convergence(
+    sampler: Sampler, exact: ExactProblem | None = None, mean: float = 0.05, ratio: float = 0.05
+) -> None:
+    """The finite-step law lies within `mean` posterior standard deviations and `ratio` of the variances of the truth."""
+    exact = exact or gaussian_problem()
+    found = distance(finite_step_law(sampler, exact.problem), exact.posterior)
+    assert found.mean_error < mean, f"mean off by {found.mean_error:.3f} posterior standard deviations"
+    assert 1 - ratio < found.low and found.high < 1 + ratio, f"variance ratios {found.low:.3f} to {found.high:.3f}"
+
+
+def check_posterior(sampler: Sampler, num_samples: int = 4000, exact: ExactProblem | None = None) -> None:
+    """Samples themselves agree with the exact posterior in mean and covariance, in standard errors."""
+    exact = exact or gaussian_problem()
+    x = sampler(exact.problem, num_samples, seed=5).x[:, 0]
+    truth = GaussianLaw(exact.posterior.mean.flatten(), exact.posterior.cov[0])
+    score = standard_errors(x, truth)
+    assert score < STANDARD_ERRORS, f"samples are {score:.1f} standard errors from the posterior"
+
+
+def standard_errors(x: Tensor, law: GaussianLaw) -> float:
+    """Return the largest deviation of sample mean and covariance, (K, D), from a Gaussian law in standard errors.
+
+    Directions without variance in the law must have none in the samples: their standard error is that of rounding.
+    """
+    k = x.shape[0]
+    values, vectors = torch.linalg.eigh(law.cov)
+    floor = (1e-7 * (1 + law.mean.abs().max())) ** 2
+    scaled = (x - law.mean) @ vectors / values.clamp_min(floor).sqrt()
+    mean = scaled.mean(0).abs().max() * math.sqrt(k)
+    cov = scaled.T @ scaled / k
+    eye = torch.eye(cov.shape[0], dtype=cov.dtype)
+    # a direction of the floor may hold less variance than the floor: that is no fault
+    excess = torch.where((values < floor)[:, None] | (values < floor), (cov - eye).clamp_min(0), cov - eye)
+    return float(torch.maximum(mean, (excess.abs() / (1 + eye).sqrt()).max() * math.sqrt(k)))
+
+
+def _values(problem: Posterior) -> list[Tensor]:
+    return [v.clone() for v in problem.prior.state_dict().values()]
+
+
+def _cast(problem: Posterior, dtype: torch.dtype) -> Posterior:
+    like: Any = problem.likelihood
+
+    prior = copy.deepcopy(problem.prior).to(dtype)
+    return Posterior(prior, type(like)(like.y.to(dtype), like.physics, like.sigma.to(dtype)))

@@ -1,0 +1,252 @@
+"""The command: options from fields, one-line errors, exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import fewstep.restore as restoring
+from fewstep import cli
+from fewstep.core.registry import available, get
+from fewstep.operators.words import get_operator, operators
+from pictures import PixelPrior, write_png
+
+FEW = ["--operator", "denoise", "--sigma", "0.1", "--samples", "2", "--steps", "3"]
+
+
+@pytest.fixture(autouse=True)
+def small_prior(monkeypatch):
+    monkeypatch.setattr(restoring, "open_prior", lambda name: PixelPrior())
+    monkeypatch.setenv("COLUMNS", "250")
+    monkeypatch.delenv("FEWSTEP_DEBUG", raising=False)
+
+
+@pytest.fixture
+def fewstep(monkeypatch, capsys):
+    """Run the command in this process; return (exit code, stdout, stderr)."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["fewstep", *map(str, words)])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        out, err = capsys.readouterr()
+        return caught.value.code or 0, out, err
+
+    yield run
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_restore(fewstep, tmp_path):
+    code, out, _ = fewstep("restore", write_png(tmp_path), *FEW, "--simulate", "--out", tmp_path / "out")
+    record = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert code == 0 and "2 samples, 3 network calls each" in out and "psnr_mean" in out
+    assert record["num_samples"] == 2 and record["nfe"] == 3 and record["method"]["name"] == "diffpir"
+
+
+def test_options_of_operators_and_fields_of_methods(fewstep, tmp_path):
+    words = [
+        "--operator",
+        "sr",
+        "--factor",
+        "2",
+        "--sigma",
+        "0.05",
+        "--simulate",
+        "--method",
+        "dds",
+        "--set",
+        "steps=2",
+    ]
+    code, _, err = fewstep("restore", write_png(tmp_path), *words, "--samples", "1", "--out", tmp_path / "out")
+    assert code == 0, err
+    record = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert record["method"]["steps"] == 2 and "factor 2" in record["operator"]["description"]
+
+
+def test_every_field_of_every_operator_is_an_option(fewstep):
+    _, out, _ = fewstep("restore", "--help")
+    from fewstep.commands.extras import operator_fields
+
+    for option in operator_fields():
+        assert f"--{option.replace('_', '-')}" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--operator", "denoise", "--factor", "4"], "denoise has no option 'factor'"),
+        (["--operator", "deblr"], "did you mean deblur"),
+        (["--operator", "denoise", "--method", "dsp"], "did you mean dps"),
+        (["--operator", "denoise", "--set", "stepz=3"], "did you mean steps"),
+        (["--operator", "denoise", "--set", "steps"], "expected field=value"),
+        (["--operator", "denoise", "--sigma", "-1"], "not negative"),
+        (["--operator", "denoise", "--sigma", "nan"], "finite"),
+        (["--operator", "deblur", "--kernel", "none.npy", "--sigma", "0.1"], "none.npy: no such file"),
+        ([], "--operator"),
+    ],
+)
+def test_errors_are_one_red_line(fewstep, tmp_path, words, message):
+    code, _, err = fewstep("restore", write_png(tmp_path), *words, "--out", tmp_path / "out")
+    assert code == 2 and err.startswith("error:") and message in err
+    assert len(err.strip().splitlines()) == 1 and "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_path(fewstep, tmp_path):
+    code, _, err = fewstep("restore", tmp_path / "none.png", "--operator", "denoise")
+    assert code == 2 and "does not exist" in err
+
+
+def test_unknown_option_is_a_usage_error(fewstep, tmp_path):
+    code, _, err = fewstep("restore", write_png(tmp_path), "--sampels", "3")
+    assert code == 2 and "--samples" in err
+
+
+def test_debug_shows_the_traceback(monkeypatch, tmp_path):
+    monkeypatch.setenv("FEWSTEP_DEBUG", "1")
+    monkeypatch.setattr(sys, "argv", ["fewstep", "restore", str(tmp_path / "none.png")])
+    with pytest.raises(ValueError, match="does not exist"):
+        cli.main()
+
+
+def test_a_folder_goes_on_after_a_bad_image(fewstep, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    write_png(folder, "a.png"), write_png(folder, "c.png")
+    (folder / "b.png").write_text("no image")
+    code, out, err = fewstep("restore", folder, *FEW, "--quiet", "--out", tmp_path / "out")
+    assert code == 1 and "b.png" in err and out.count("2 samples") == 2
+
+
+def test_interruption_has_its_own_exit_code(fewstep, tmp_path, monkeypatch):
+    class Impatient(PixelPrior):
+        calls = 0
+
+        def forward(self, x_t, t, **cond):
+            self.calls += 1
+            if self.calls == 5:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().forward(x_t, t, **cond)
+
+    monkeypatch.setattr(restoring, "open_prior", lambda name: Impatient())
+    monkeypatch.setattr(restoring._Run, "_chunk", lambda self: 1)
+    code, out, _ = fewstep("restore", write_png(tmp_path), *FEW, "--out", tmp_path / "out")
+    assert code == 130 and "interrupted after 1 samples" in out
+    assert json.loads((tmp_path / "out" / "result.json").read_text())["interrupted"]
+
+
+def test_simulate_then_restore(fewstep, tmp_path):
+    path = write_png(tmp_path)
+    words = ["--operator", "deblur-gaussian", "--width", "1", "--sigma", "0.02"]
+    code, _, err = fewstep("simulate", path, *words, "--out", tmp_path / "sim")
+    assert code == 0, err
+    assert {p.name for p in (tmp_path / "sim").iterdir()} == {
+        "measurement.png",
+        "measurement.safetensors",
+        "truth.png",
+        "simulation.json",
+    }
+    y = load_file(tmp_path / "sim" / "measurement.safetensors")["y"]
+    assert y.shape == (1, 3, 24, 32) and not torch.equal(y, (y * 255).round() / 255)
+    few = ["--samples", "1", "--steps", "2", "--out", tmp_path / "out"]
+    assert fewstep("restore", tmp_path / "sim" / "measurement.safetensors", *words, *few)[0] == 0
+
+
+def test_methods_table_equals_the_folder(fewstep):
+    code, out, _ = fewstep("methods")
+    assert code == 0
+    for name in available():
+        cls = get(name)
+        row = next(line for line in out.splitlines() if line.startswith(f"{name} "))
+        assert str(cls.reference)[:20] in row and cls.exact in row and str(cls().nfe) in row
+
+
+@pytest.mark.parametrize("name", available())
+def test_cite_and_details(fewstep, name):
+    assert fewstep("cite", name)[1].strip() == get(name).reference.bibtex()
+    code, out, _ = fewstep("methods", name)
+    assert code == 0 and "steps" in out and get(name).exact in out
+
+
+def test_operators_table_equals_the_words(fewstep):
+    out = fewstep("operators")[1]
+    for word in operators():
+        assert any(line.startswith(f"{word} ") for line in out.splitlines())
+    assert "factor" in fewstep("operators", "sr")[1] and get_operator("sr").word == "sr"
+
+
+def test_doctor(fewstep, monkeypatch):
+    monkeypatch.setattr("fewstep.commands.health.SERIOUS", [lambda: None])
+    code, out, _ = fewstep("doctor")
+    assert code == 0 and "torch" in out and "ready" in out
+    monkeypatch.setattr("fewstep.commands.health.SERIOUS", [lambda: "no prior"])
+    code, out, _ = fewstep("doctor")
+    assert code == 1 and "no prior" in out
+
+
+def test_bench_passes_typed_options_on(fewstep, monkeypatch):
+    seen = {}
+
+    def main(folder: str, limit: int | None = None, methods: tuple[str, ...] = ()) -> None:
+        seen.update(folder=folder, limit=limit, methods=methods)
+
+    monkeypatch.setattr("fewstep.bench.gaussian.main", main)
+    assert fewstep("bench", "gaussian", "--folder", "x", "--limit=3", "--methods", "dps,ddrm")[0] == 0
+    assert seen == {"folder": "x", "limit": 3, "methods": ("dps", "ddrm")}
+    assert "needs --folder" in fewstep("bench", "gaussian")[2]
+    assert "did you mean limit" in fewstep("bench", "gaussian", "--limits", "3")[2]
+
+
+def test_train_prior_refuses_an_empty_folder(fewstep, tmp_path):
+    code, _, err = fewstep("train-prior", tmp_path, "--out", tmp_path / "out")
+    assert code == 2 and "no images" in err
+
+
+def test_help_of_every_command(fewstep):
+    for command in ("restore", "simulate", "methods", "operators", "cite", "train-prior", "bench", "doctor"):
+        code, out, _ = fewstep(command, "--help")
+        assert code == 0 and "Usage" in out
+
+
+@pytest.mark.slow
+def test_a_launcher_shares_the_folder_out(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in ("a.png", "b.png", "c.png"):
+        write_png(folder, name)
+    script = tmp_path / "run.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r})\n"
+        "import fewstep.restore; from pictures import PixelPrior\n"
+        "fewstep.restore.open_prior = lambda name: PixelPrior()\n"
+        "from fewstep.cli import main; main()\n"
+    )
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
+    words = ["restore", str(folder), *FEW, "--quiet", "--out", str(tmp_path / "out")]
+    done = subprocess.run(
+        [*launch, "--mixed_precision", "no", "--dynamo_backend", "no", str(script), *words],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("2 samples") == 3
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"a", "b", "c"}

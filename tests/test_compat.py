@@ -1,0 +1,42 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fewstep import compat
+
+
+def run(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+
+def test_torchvision_and_its_users_import():
+    pytest.importorskip("torchvision")
+    code = "from fewstep.compat import prepare_torchvision as p; a, b = p(), p(); import torchvision; assert a == b"
+    done = run(code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_nothing_is_declared_where_torchvision_is_absent(monkeypatch):
+    monkeypatch.setattr(compat, "_DECLARED", [])
+    monkeypatch.delitem(sys.modules, "torchvision", raising=False)
+    monkeypatch.setattr(compat.importlib.util, "find_spec", lambda name: None)
+    assert compat.prepare_torchvision() is False
+    assert compat._DECLARED == []
+
+
+def test_nothing_is_declared_where_the_operators_load(monkeypatch):
+    monkeypatch.setattr(compat, "_DECLARED", [])
+    monkeypatch.delitem(sys.modules, "torchvision", raising=False)
+    monkeypatch.setattr(compat, "_operators_load", lambda: True)
+    assert compat.prepare_torchvision() is False
+    assert compat._DECLARED == []
+
+
+def test_schemas_are_those_torchvision_expects():
+    pytest.importorskip("torchvision")
+    compat.prepare_torchvision()
+    for name in ("nms", "qnms"):
+        schema = str(getattr(torch.ops.torchvision, name).default._schema)
+        assert "Tensor dets, Tensor scores, float iou_threshold" in schema

@@ -1,0 +1,151 @@
+"""Every kind of image file becomes the right tensor, or a one-line error that names file and cause."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from fewstep.images import list_photos, load_image, read_photo, save_image
+from pictures import pixels, write_png
+
+
+def stored(image, path, **options):
+    image.save(path, **options)
+    return path
+
+
+def test_colour(tmp_path):
+    x = load_image(write_png(tmp_path))
+    assert x.shape == (1, 3, 24, 32) and x.dtype == torch.float32
+    assert torch.equal((x[0] * 255).round().byte().permute(1, 2, 0), torch.from_numpy(pixels()))
+
+
+def test_tiny(tmp_path):
+    assert load_image(write_png(tmp_path, height=7, width=5)).shape == (1, 3, 7, 5)
+
+
+@pytest.mark.parametrize("mode", ["L", "1"])
+def test_grey_is_three_equal_channels(tmp_path, mode):
+    photo = read_photo(stored(Image.fromarray(pixels(channels=1)).convert(mode), tmp_path / "g.png"))
+    assert photo.grey and photo.x.shape == (1, 3, 24, 32)
+    assert torch.equal(photo.x[:, 0], photo.x[:, 1]) and torch.equal(photo.x[:, 0], photo.x[:, 2])
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparency_is_composited_on_white(tmp_path, mode):
+    array = np.zeros((4, 6, 4), np.uint8)
+    array[:, :3, 3] = 255  # left half opaque black, right half clear
+    image = Image.fromarray(array)
+    if mode == "P":
+        image = Image.fromarray(np.repeat(np.array([[0, 0, 0, 1, 1, 1]], np.uint8), 4, 0), mode="P")
+        image.putpalette([0, 0, 0, 10, 10, 10])
+        photo = read_photo(stored(image, tmp_path / "a.png", transparency=1))
+    else:
+        photo = read_photo(stored(image.convert(mode), tmp_path / "a.png"))
+    assert photo.x[..., :3].max() == 0 and photo.x[..., 3:].min() == 1
+    assert photo.grey == (mode == "LA") and any("white" in note for note in photo.notes)
+
+
+def test_sixteen_bits_keep_their_depth(tmp_path):
+    values = np.array([[0, 1, 257], [40000, 65534, 65535]], np.uint16)
+    photo = read_photo(stored(Image.fromarray(values), tmp_path / "d.png"))
+    assert photo.grey
+    assert torch.equal(photo.x[0, 0], torch.from_numpy(values.astype(np.float32) / 65535))
+
+
+def test_cmyk_becomes_colour(tmp_path):
+    image = Image.new("CMYK", (6, 4), (0, 255, 255, 0))
+    x = load_image(stored(image, tmp_path / "c.tif"))
+    assert torch.allclose(x[0, :, 0, 0], torch.tensor([1.0, 0.0, 0.0]), atol=0.02)
+
+
+def test_exif_orientation_is_applied_and_then_blocks_are_not_trusted(tmp_path):
+    image, exif = Image.fromarray(pixels()), Image.Exif()
+    exif[0x0112] = 6
+    photo = read_photo(stored(image, tmp_path / "r.jpg", exif=exif))
+    assert photo.x.shape == (1, 3, 32, 24) and not photo.jpeg
+    assert read_photo(stored(image, tmp_path / "p.jpg")).jpeg
+
+
+def test_exact_measurements(tmp_path):
+    y = torch.randn(3, 5, 6)
+    np.save(tmp_path / "y.npy", y.permute(1, 2, 0).numpy())
+    save_file({"y": y[None]}, tmp_path / "y.safetensors")
+    for name in ("y.npy", "y.safetensors"):
+        assert torch.equal(load_image(tmp_path / name)[0], y)
+
+
+def bad_inputs(tmp_path):
+    good = write_png(tmp_path)
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "text.png").write_text("no image")
+    (tmp_path / "half.png").write_bytes(good.read_bytes()[:-200])
+    (tmp_path / "bad.safetensors").write_bytes(b"nothing")
+    np.save(tmp_path / "nan.npy", np.full((4, 4), np.nan, np.float32))
+    np.save(tmp_path / "shape.npy", np.zeros((4, 4, 2), np.float32))
+    np.save(tmp_path / "text.npy", np.array(["a"]))
+    Image.fromarray(np.full((4, 4), np.nan, np.float32)).save(tmp_path / "nan.tiff")
+    Image.fromarray(np.full((4, 4), 7.0, np.float32)).save(tmp_path / "range.tiff")
+    return {
+        "missing.png": "does not exist",
+        "empty.png": "empty",
+        "text.png": "not an image",
+        "half.png": "truncated",
+        "bad.safetensors": "safetensors",
+        "nan.npy": "NaN",
+        "shape.npy": "channels|expected",
+        "text.npy": "expected numbers",
+        "nan.tiff": "NaN",
+        "range.tiff": r"outside \[0, 1\]",
+        ".": "folder",
+    }
+
+
+def test_bad_inputs_name_file_and_cause(tmp_path):
+    for name, cause in bad_inputs(tmp_path).items():
+        with pytest.raises(ValueError, match=cause) as caught:
+            load_image(tmp_path / name)
+        assert "\n" not in str(caught.value) and str(tmp_path / name) in str(caught.value)
+
+
+def test_decompression_bomb(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ValueError, match="too large"):
+        load_image(write_png(tmp_path))
+
+
+def test_save_rounds_clips_and_leaves_no_half_file(tmp_path, monkeypatch):
+    x = torch.tensor([[[-1.0, 0.5], [1.0, 2.0]]]).expand(3, 2, 2)
+    save_image(x, tmp_path / "x.png")
+    assert np.asarray(Image.open(tmp_path / "x.png"))[..., 0].tolist() == [[0, 128], [255, 255]]
+    save_image(x, tmp_path / "g.png", grey=True)
+    assert Image.open(tmp_path / "g.png").mode == "L"
+    with pytest.raises(ValueError, match="NaN"):
+        save_image(x * float("nan"), tmp_path / "n.png")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        save_image(x, tmp_path / "full.png")
+    assert sorted(os.listdir(tmp_path)) == ["g.png", "x.png"]
+
+
+def test_round_trip(tmp_path):
+    path = write_png(tmp_path)
+    save_image(load_image(path), tmp_path / "again.png")
+    assert torch.equal(load_image(path), load_image(tmp_path / "again.png"))
+
+
+def test_folder_listing(tmp_path):
+    with pytest.raises(ValueError, match="no images"):
+        list_photos(tmp_path)
+    write_png(tmp_path, "b.png"), write_png(tmp_path, "a.png")
+    (tmp_path / "notes.txt").touch()
+    assert [p.name for p in list_photos(tmp_path)] == ["a.png", "b.png"]

@@ -1,0 +1,260 @@
+"""JPEG: the file reader against Pillow, the transform, the projection against a generic solver, the gradient."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.fft import idctn
+from scipy.ndimage import gaussian_filter
+from scipy.optimize import LinearConstraint, minimize
+
+from fewstep.operators import words
+from fewstep.operators.dct import JpegTransform, dct_matrix
+from fewstep.operators.image import from_unit, to_unit
+from fewstep.operators.jpeg import (
+    JpegLikelihood,
+    JpegMeasurement,
+    encode,
+    encoded,
+    intervals,
+    jpeg,
+    project,
+    soft_round,
+    straight_through,
+)
+from fewstep.operators.jpeg_file import read_jpeg
+from fewstep.testing.likelihood import check_alone, check_form, check_likelihood, check_projection, check_score
+
+F64 = torch.float64
+SAMPLINGS = ["4:4:4", "4:2:2", "4:2:0"]
+
+
+def photo(height, width, channels=3, seed=0, batch=1):
+    """Return smooth images with edges on the grid of 8 bit, (B, C, H, W) float64 in [0, 1]."""
+    rng = np.random.default_rng(seed)
+    x = gaussian_filter(rng.normal(size=(batch, channels, height, width)), (0, 0, 1.5, 1.5)) * 0.8 + 0.5
+    x[..., height // 3 :, width // 2 :] *= 0.6
+    return torch.tensor((np.clip(x, 0, 1) * 255).round() / 255)
+
+
+def save(x, **options):
+    out = io.BytesIO()
+    Image.fromarray((x[0].permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)).save(out, "JPEG", **options)
+    return out.getvalue()
+
+
+KINDS = [{}, {"progressive": True}, {"restart_marker_blocks": 3}, {"progressive": True, "restart_marker_rows": 1},
+         {"optimize": True}]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", KINDS)
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("quality", [10, 50, 95])
+def test_the_reader_agrees_with_the_decoder(options, sampling, quality):
+    x = photo(37, 45)
+    data = save(x, quality=quality, subsampling=sampling, **options)
+    file = read_jpeg(data)
+    image = Image.open(io.BytesIO(data))
+    assert {n: t.reshape(-1).tolist() for n, t in file.tables.items()} == {
+        n: list(t) for n, t in image.quantization.items()
+    }
+    luma = file.components[0]
+    planes = idctn((luma.blocks() * file.tables[luma.table]).astype(float), axes=(2, 3), norm="ortho")
+    mine = planes.transpose(0, 2, 1, 3).reshape(luma.rows * 8, luma.columns * 8)[:37, :45] + 128
+    image.draft("YCbCr", image.size)
+    assert np.abs(mine.clip(0, 255) - np.asarray(image)[..., 0]).max() < 1.01
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("quality", [10, 50, 90])
+@pytest.mark.parametrize("size", [(32, 48), (37, 45), (17, 33)])
+def test_the_original_lies_in_the_box_of_its_file(quality, sampling, size):
+    x = photo(*size)
+    y = encode(x, quality, sampling)
+    transform = JpegTransform(y.tables, F64)
+    coefficients = transform.forward(from_unit(x))
+    low, high = intervals(transform, y.indices, 0.0)
+    outside = (coefficients - coefficients.clamp(low, high)).abs() * 127.5 / transform.amplification()
+    assert float(outside.max()) < 2  # grey levels: rounding of colours and of averaged chroma, integer DCT
+    assert float((outside > 0.5).double().mean()) < 2e-3  # the slack that is allowed for
+    middle = (low + high) / 2
+    assert (
+        float(((coefficients - middle).abs() > transform.steps / 2).double().mean()) < 0.04
+    )  # other indices, by rounding
+
+
+def test_indices_are_those_of_the_encoder_where_rounding_cannot_matter():
+    x = photo(32, 48)[:, :1]
+    for quality in (10, 50, 90):
+        y = encode(x, quality)
+        transform = JpegTransform(y.tables, F64)
+        scaled = (transform.forward(from_unit(x)) * 127.5 - 4 * (torch.arange(transform.steps.numel()) % 64 == 0)) / (
+            transform.steps * 127.5
+        )
+        clear = (scaled - scaled.floor() - 0.5).abs() * transform.steps * 127.5 > 0.5
+        assert torch.equal(scaled.round()[clear], y.indices[clear].to(F64)) and float(clear.double().mean()) > 0.5
+
+
+def test_grey_files_have_one_channel():
+    y = encode(photo(16, 24, 1), 50)
+    assert y.image_shape == (1, 16, 24) and y.decoded.shape == (1, 1, 16, 24)
+    likelihood = JpegLikelihood(y, dtype=F64)
+    check_projection(likelihood, 5e-3)
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("size", [(16, 32), (19, 21)])
+def test_adjoint_and_right_inverse(sampling, size):
+    transform = JpegTransform(encode(photo(*size), 50, sampling).tables, F64)
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, *size, generator=g, dtype=F64)
+    v = torch.randn(2, transform.steps.numel(), generator=g, dtype=F64)
+    left, right = (transform.forward(x) * v).sum(), (x * transform.adjoint(v)).sum()
+    assert float((left - right).abs()) < 1e-10 * float(left.abs() + 100)
+    if size == (16, 32):
+        assert torch.allclose(transform.forward(transform.decode(v)), v, atol=1e-10)
+    weights, bound = transform.scales()
+    for _ in range(50):
+        v = weights * transform.forward(transform.adjoint(weights * v))
+        v, norm = v / v.norm(dim=1, keepdim=True), v.norm(dim=1)
+    assert bool((norm <= bound * (1 + 1e-9)).all())
+    assert torch.allclose(dct_matrix(8) @ dct_matrix(8).T, torch.eye(8, dtype=F64), atol=1e-12)
+
+
+@pytest.mark.parametrize(("sampling", "size"), [("4:4:4", (8, 8)), ("4:2:0", (16, 8)), ("4:2:0", (8, 10))])
+def test_the_projection_against_a_generic_solver(sampling, size):
+    y = encode(photo(*size), 30, sampling)
+    transform = JpegTransform(y.tables, F64)
+    z = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(1), dtype=F64) * 0.4
+    bounds = intervals(transform, y.indices, 0.5)
+    mine = project(transform, z, bounds, 1e-9, 50000)
+    assert float(mine.residual.max()) <= 1e-9
+    count = z.numel()
+    matrix = transform.forward(torch.eye(count, dtype=F64).reshape(count, 3, *size)).T.numpy()
+    start = transform.decode(y.indices * transform.steps).flatten().numpy()
+    target = z.flatten().numpy()
+    solver = minimize(
+        lambda u: (0.5 * np.sum((u - target) ** 2), u - target), start, jac=True, hess=lambda u: np.eye(count),
+        method="trust-constr", constraints=LinearConstraint(matrix, bounds[0][0].numpy(), bounds[1][0].numpy()),
+        options={"gtol": 1e-9, "xtol": 1e-12, "barrier_tol": 1e-10, "maxiter": 300},
+    )  # fmt: skip
+    distance = float(((mine.x - z) ** 2).sum()) / 2
+    assert distance <= solver.fun + 1e-6
+    assert float(np.abs(mine.x.flatten().numpy() - solver.x).max()) < 2e-3
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_the_likelihood(sampling):
+    files = [encode(photo(24, 40, seed=s), 20, sampling) for s in range(3)]
+    y = JpegMeasurement.stack(files)
+    likelihood = JpegLikelihood(y, dtype=F64, tol=1e-8, max_iter=20000)
+    assert likelihood.provides == {"gradient", "prox"}
+    check_likelihood(
+        likelihood, smooth=False, tol=1e-6,
+        alone=lambda b: JpegLikelihood(files[b], dtype=F64, tol=1e-8, max_iter=20000), alone_tol=1e-10,
+    )  # fmt: skip
+    x = from_unit(photo(24, 40))
+    assert float(likelihood.log_prob(x.expand(3, -1, -1, -1))[0]) > -0.1
+    assert torch.equal(
+        likelihood.prox(x.expand(3, -1, -1, -1), 1.0)[:1], likelihood.prox(x.expand(3, -1, -1, -1), 9.0)[:1]
+    )
+    with pytest.raises(NotImplementedError, match="no exact draw"):
+        likelihood.draw(x, 1.0, None)
+
+
+def test_single_precision_and_odd_sizes():
+    x = photo(43, 61, batch=2)
+    y = encode(x, 40)
+    likelihood = JpegLikelihood(y)
+    check_form(likelihood)
+    check_alone(likelihood, lambda b: JpegLikelihood(encode(x[b : b + 1], 40)), 1e-6)
+    z = likelihood.start() + 0.05 * torch.randn(2, 3, 43, 61, generator=torch.Generator().manual_seed(0))
+    out = likelihood.prox(z, 1.0)
+    assert float(likelihood.log_prob(out).min()) > -0.5
+    assert float((out - from_unit(x)).square().mean()) < float((z - from_unit(x)).square().mean())
+
+
+def test_the_surrogate_tends_to_the_set():
+    x, y = from_unit(photo(16, 16)), encode(photo(16, 16), 30)
+    off = x + 0.2
+    sharp, soft = (JpegLikelihood(y, dtype=F64, softness=s) for s in (0.01, 0.1))
+    assert float(sharp.log_prob(off)) == pytest.approx(100 * float(soft.log_prob(off)))
+    check_score(soft)
+
+
+def test_a_wrong_projection_is_found():
+    class Planted(JpegLikelihood):
+        def prox(self, z, rho=1.0):
+            return 1.01 * super().prox(z, rho)
+
+    with pytest.raises(AssertionError):
+        check_projection(Planted(encode(photo(16, 16), 30), dtype=F64, tol=1e-7), 1e-4)
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_the_differentiable_operator(sampling):
+    x = photo(40, 56)
+    y = encode(x, 50, sampling)
+    out = jpeg(x, y.tables)
+    assert float((out.clamp(0, 1) - y.decoded).abs().mean()) < (0.005 if sampling == "4:4:4" else 0.05)
+    assert torch.allclose(
+        jpeg(x, y.tables, rounding=lambda v: v)[..., 2:-2, 2:-2].mean(), x[..., 2:-2, 2:-2].mean(), atol=0.01
+    )
+    leaf = x.clone().requires_grad_()
+    jpeg(leaf, y.tables).sum().backward()
+    assert bool(torch.isfinite(leaf.grad).all()) and float(leaf.grad.abs().max()) > 0
+    v = torch.linspace(-2, 2, 9, dtype=F64)
+    assert torch.equal(straight_through(v), v.round()) and torch.allclose(soft_round(v[::2]), v[::2])
+    small = photo(8, 8).requires_grad_()
+    tables = encode(small.detach(), 50, "4:4:4").tables
+    assert torch.autograd.gradcheck(lambda u: jpeg(u, tables, soft_round), small, atol=1e-6)
+
+
+def test_the_word(tmp_path):
+    x = photo(24, 32)
+    operator = words.Jpeg(quality=30)
+    y = operator.simulate(x)
+    (tmp_path / "photo.jpg").write_bytes(encoded(x, 30)[0])
+    read = operator.read(tmp_path / "photo.jpg")
+    assert (
+        torch.equal(read.indices, y.indices) and read.tables == y.tables and operator.image_shape(read) == (3, 24, 32)
+    )
+    assert torch.equal(operator.baseline(y), y.decoded)
+    likelihood = operator.likelihood(y)
+    out = to_unit(likelihood.prox(likelihood.start(), 1.0))
+    assert float((out - x).abs().mean()) <= float((y.decoded - x).abs().mean()) + 0.01
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: read_jpeg(b"not a file"), "not a JPEG"),
+        (lambda: read_jpeg("/no/such/file.jpg"), "cannot be read"),
+        (lambda: read_jpeg(save(photo(32, 32))[:700]), "damaged or cut short|no image data"),
+        (lambda: encode(photo(8, 8), 0), "quality"),
+        (lambda: encode(photo(8, 8), 50, "4:1:0"), "sub-sampling"),
+        (lambda: encode(photo(8, 8) * float("nan"), 50), "NaN"),
+        (lambda: encode(torch.ones(1, 2, 8, 8), 50), "grey or RGB"),
+        (lambda: JpegLikelihood(encode(photo(8, 8), 50), softness=0.0), "softness"),
+        (lambda: JpegMeasurement.stack([encode(photo(8, 8), 50), encode(photo(8, 8), 60)]), "same tables"),
+        (lambda: jpeg(photo(8, 16), encode(photo(8, 8), 50).tables), "tables are for"),
+        (lambda: words.Jpeg().likelihood(encode(photo(8, 8), 50), sigma=0.1), "takes no sigma"),
+        (lambda: words.Jpeg().likelihood(photo(8, 8)), "needs the file"),
+        (lambda: words.Jpeg().simulate(photo(8, 8), 0.1), "takes no sigma"),
+    ],
+)
+def test_bad_input_is_named_in_one_line(call, message):
+    with pytest.raises(ValueError, match=message) as error:
+        call()
+    assert "\n" not in str(error.value)
+
+
+def test_cmyk_is_refused():
+    out = io.BytesIO()
+    Image.new("CMYK", (16, 16)).save(out, "JPEG")
+    with pytest.raises(ValueError, match="grey and YCbCr"):
+        read_jpeg(out.getvalue())

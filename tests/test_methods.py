@@ -1,0 +1,390 @@
+"""Every method in the folder: the contract, the published table of its finite-step laws, and what it converges to."""
+
+import dataclasses
+
+import pytest
+import torch
+
+import fewstep
+from fewstep.core.likelihood import FlatLikelihood, GaussianLikelihood
+from fewstep.core.problem import Posterior
+from fewstep.core.sampler import State
+from fewstep.methods.mmps import MMPS
+from fewstep.operators.matrix import MatrixOperator
+from fewstep.testing.law import distance
+from fewstep.testing.problems import bimodal_problem, gaussian_problem, scalar_problem
+from fewstep.testing.propagate import finite_step_law
+from fewstep.testing.sampler import (
+    check_convergence,
+    check_form,
+    check_independence,
+    check_law,
+    check_posterior,
+    check_sampler,
+)
+
+# few steps, so that the checks are quick; everything else as published
+QUICK = {name: {"steps": 6} for name in fewstep.available()}
+QUICK["daps"] |= {"langevin_steps": 5, "lr": 1e-5}
+QUICK["pnp_dm"] |= {"inner_steps": 3}
+NOT_AFFINE = {"dps", "red_diff"}  # a norm of the residual, and Adam; their own tests are below
+FINE = {
+    "latino": fewstep.get("latino").presets["consistent"],
+    "pnp_dm": fewstep.get("pnp_dm").presets["consistent"],
+    "daps": fewstep.get("daps").presets["exact"] | {"steps": 20},
+}
+
+
+@pytest.mark.parametrize("name", fewstep.available())
+def test_contract(name):
+    sampler = fewstep.get(name)(**QUICK[name])
+    check_sampler(sampler, affine=name not in NOT_AFFINE, fine=FINE.get(name))
+
+
+def test_squared_dps_is_affine_and_keeps_the_contract():
+    check_sampler(fewstep.get("dps").preset("squared", steps=6))
+
+
+def test_all_twelve_are_there():
+    want = {"cm4ir", "daps", "ddnm", "ddrm", "dds", "diffpir", "dps", "latino", "mmps", "pigdm", "pnp_dm", "red_diff"}
+    assert want <= set(fewstep.available())
+
+
+# --- negative controls: planted wrong samplers must fail ------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class PriorOnly(MMPS):
+    """Ignores y. steps: s. eta: e. iterations: i. grid: g."""
+
+    def predict_x0(self, problem, x_t, t, noise):
+        return problem.denoise(x_t, t)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeanOnly(MMPS):
+    """Returns the posterior mean as if it were a sample. steps: s. eta: e. iterations: i. grid: g."""
+
+    def output(self, state):
+        return state.x.mean(0, keepdim=True).expand_as(state.x)
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchCoupled(MMPS):
+    """One norm over the whole batch, as two public DPS have it. steps: s. eta: e. iterations: i. grid: g."""
+
+    def predict_x0(self, problem, x_t, t, noise):
+        x0 = problem.denoise(x_t, t)
+        residual = problem.likelihood.residual(x0)
+        return x0 + 0.3 * problem.likelihood.A_adjoint(residual) / residual.norm()
+
+
+@dataclasses.dataclass(frozen=True)
+class WrongNoise(MMPS):
+    """Draws a tenth too much noise where the law expects ours. steps: s. eta: e. iterations: i. grid: g."""
+
+    def predict_x0(self, problem, x_t, t, noise):
+        x0 = super().predict_x0(problem, x_t, t, noise)
+        return x0 if len(noise) < 100 else 1.1 * x0
+
+
+def test_prior_only_fails_the_truth():
+    with pytest.raises(AssertionError, match="standard errors from the posterior"):
+        check_posterior(PriorOnly(steps=100))
+    with pytest.raises(AssertionError, match="mean off"):
+        check_convergence(PriorOnly(steps=100))
+
+
+def test_posterior_mean_posing_as_a_sample_fails():
+    with pytest.raises(AssertionError, match="standard errors"):
+        check_posterior(MeanOnly(steps=50), num_samples=500)
+
+
+def test_batch_coupled_guidance_fails_independence():
+    with pytest.raises(AssertionError, match="sample of an item changes"):
+        check_independence(BatchCoupled(steps=6))
+
+
+def test_samples_that_do_not_follow_the_law_fail():
+    with pytest.raises(AssertionError, match="finite-step law"):
+        check_law(WrongNoise(steps=6))
+
+
+def test_undocumented_fields_fail():
+    @dataclasses.dataclass(frozen=True)
+    class Undocumented(MMPS):
+        """Nothing said."""
+
+    with pytest.raises(AssertionError, match="not documented"):
+        check_form(Undocumented(steps=2))
+
+
+# --- the reference table of finite-step laws: mean error in posterior sd / variance ratio ----------------------------------
+
+MODES = [(1.0, 1.0, 0.05), (1.0, 0.1, 0.05), (1.0, 0.0, 0.05), (0.04, 1.0, 0.05), (0.04, 1.0, 0.2)]
+REFERENCE = {
+    "mmps": ({"steps": 1000, "iterations": 1}, [(0, 0.86), (0, 0.98), (0, 0.99), (0, 0.85), (0, 0.95)]),
+    "mmps-ode": (
+        {"steps": 1000, "eta": 0.0, "iterations": 1},
+        [(-0.01, 0.92), (-0.01, 0.99), (0, 1.0), (0, 0.92), (0, 0.98)],
+    ),
+    "pigdm": ({"steps": 1000}, [(0, 0.86), (0, 0.98), (0, 0.99), (-0.31, 1.01), (-0.17, 1.02)]),
+    "dps": ({"steps": 1000, "norm": False}, [(0.06, 0.37), (0.49, 0.61), (0, 0.99), (0.29, 0.39), (0.23, 0.81)]),
+    "diffpir": (
+        {"steps": 20, "lam": 1.0, "zeta": 1.0, "grid": "uniform"},
+        [(0, 0.09), (0.09, 0.33), (0, 0.41), (0.13, 0.06), (0.33, 0.15)],
+    ),
+    "dds": ({"steps": 1000}, [(0.06, 0.01), (-0.82, 1.35), (0, 0.76), (0.28, 0.01), (0.84, 0)]),
+    "ddrm": ({"steps": 1000}, [(0.01, 0.29), (0.37, 0.08), (0, 0.76), (0.03, 0.29), (0.39, 0.16)]),
+    "daps": (
+        {"steps": 200, "inner": "draw", "ode_steps": 5},
+        [(0.03, 1.0), (0.24, 1.11), (0, 2.12), (0.16, 1.02), (0.36, 1.35)],
+    ),
+}
+
+
+@pytest.mark.parametrize("key", REFERENCE)
+def test_finite_step_laws_agree_with_independent_calculation(key):
+    # the table was computed with scalar recursions on DDPM's discrete schedule; ours are continuous, hence .04
+    fields, expected = REFERENCE[key]
+    sampler = fewstep.get(key.split("-")[0])(**fields)
+    for mode, (mean, ratio) in zip(MODES, expected, strict=True):
+        exact = scalar_problem(*mode)
+        law, sd = finite_step_law(sampler, exact.problem), exact.posterior.cov[0, 0].sqrt()
+        assert float((law.mean - exact.posterior.mean[0]) / sd) == pytest.approx(mean, abs=0.04), mode
+        assert float(law.cov[0, 0] / sd**2) == pytest.approx(ratio, abs=0.04), mode
+
+
+# --- limits ---------------------------------------------------------------------------------------------------------------
+
+
+def with_matrix(matrix, y, sigma):
+    return Posterior(gaussian_problem().problem.prior, GaussianLikelihood(y, MatrixOperator(matrix), sigma))
+
+
+@pytest.mark.parametrize("name", ["mmps", "pigdm", "latino", "pnp_dm", "daps", "diffpir"])
+def test_a_useless_measurement_gives_what_no_measurement_gives(name):
+    preset = {"daps": {"inner": "draw"}}.get(name, {})
+    sampler = fewstep.get(name)(**{**QUICK[name], **preset})
+    matrix, y = torch.eye(5).double()[:3], torch.ones(1, 3).double()
+    blind = with_matrix(matrix, y, 1e6)
+    nothing = with_matrix(torch.zeros(3, 5).double(), y, 1.0)
+    left, right = finite_step_law(sampler, blind), finite_step_law(sampler, nothing)
+    if name in {"latino", "pnp_dm"}:  # they start at the pseudo-inverse, which their first level hides up to 1e-2
+        assert torch.allclose(left.mean, right.mean, atol=0.2)
+    else:
+        assert torch.allclose(left.mean, right.mean, atol=1e-4)
+    assert torch.allclose(left.cov, right.cov, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["ddrm", "ddnm"])
+def test_spectral_rules_lose_variance_under_a_useless_measurement(name):
+    # as published: where a singular value is not zero epsilon is dropped, however little the measurement says
+    sampler = fewstep.get(name)(steps=20)
+    matrix, y = torch.eye(5).double()[:3], torch.ones(1, 3).double()
+    blind = finite_step_law(sampler, with_matrix(matrix, y, 1e6))
+    nothing = finite_step_law(sampler, with_matrix(torch.zeros(3, 5).double(), y, 1.0))
+    assert torch.allclose(blind.mean, nothing.mean, atol=0.02)
+    assert float(blind.cov.trace()) < 0.9 * float(nothing.cov.trace())
+
+
+@pytest.mark.parametrize("name", ["mmps", "pigdm", "latino", "pnp_dm", "daps", "diffpir", "ddrm", "ddnm", "dds"])
+def test_a_noiseless_measurement_is_met(name):
+    preset = {"daps": {"inner": "draw"}, "dds": {"gamma": 1e8}, "mmps": {"iterations": 6}}.get(name, {})
+    sampler = fewstep.get(name)(**{**QUICK[name], **preset})
+    if name in {"ddrm", "pigdm"}:  # y is met up to the last noise level, .03 here
+        sampler = dataclasses.replace(sampler, steps=200)
+    if name == "pnp_dm":  # its last step is the prior's: A x = y up to the last coupling
+        sampler = dataclasses.replace(sampler, steps=150, rho_min=1e-4)
+    matrix = torch.eye(5).double()[:3]
+    y = torch.tensor([[0.3, -0.2, 0.5]]).double()
+    x = sampler(with_matrix(matrix, y, 1e-5), 4).x[:, 0]
+    assert float((x @ matrix.T - y).abs().max()) < (0.1 if name == "ddrm" else 2e-3)
+
+
+# --- what a Gaussian cannot see ---------------------------------------------------------------------------------------------
+
+MIXING = {
+    "daps": {"inner": "exact", "steps": 20},
+    "pnp_dm": {"steps": 1000, "rho_max": 2.0, "rho_min": 0.12, "decay": 0.997, "inner_steps": 12},
+    "latino": {"pairing": 2.0, "steps": 3000, "decoder_steps": 3, "ratio_min": 0.07, "stay": 1000},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MIXING)
+def test_consistent_samplers_reach_the_mode_weights_of_a_mixture(name):
+    exact, n = bimodal_problem(), 4000
+    x = fewstep.get(name)(**MIXING[name])(exact.problem, n, seed=2).x
+    mass = float(exact.posterior.weights[0, 1])
+    assert abs(float((x > 0).double().mean()) - mass) < 0.02
+    assert abs(float(x.std()) / 0.769 - 1) < 0.03
+
+
+def test_mmps_is_exact_on_gaussians_and_biased_on_mixtures():
+    found = distance(finite_step_law(MMPS(steps=1000), gaussian_problem().problem), gaussian_problem().posterior)
+    assert found.mean_error < 0.01 and found.low > 0.95 and found.high < 1.0
+    x = MMPS(steps=100)(bimodal_problem().problem, 4000).x
+    assert float((x > 0).double().mean()) == pytest.approx(0.491, abs=5 * 0.5 / 4000**0.5)  # exact: .418
+
+
+# --- what is particular to one method ---------------------------------------------------------------------------------------
+
+
+def test_dps_guidance_is_the_gradient_of_the_norm():
+    problem = gaussian_problem(batch=2).problem
+    sampler = fewstep.get("dps")(steps=10, zeta=0.7)
+    x_t = torch.randn(2, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    t, s = sampler.interval(problem, 3)
+    x0, pullback = problem.denoise_vjp(x_t, t)
+    found = sampler.guidance(problem, x0, pullback, t, s)
+    for i in range(2):
+        for j in range(5):
+            step = torch.zeros_like(x_t)
+            step[i, j] = 1e-6
+
+            def misfit(x, i=i):
+                return (problem.likelihood.y - problem.likelihood.A(problem.prior(x, t)))[i].norm()
+
+            slope = (misfit(x_t + step) - misfit(x_t - step)) / 2e-6
+            assert float(found[i, j]) == pytest.approx(-0.7 * float(slope), abs=1e-6)
+
+
+def test_red_diff_gradient_and_fixed_point():
+    # averaged over noise, the gradient is lambda s^2 / (a^2 v + s^2) (mu - m) / D - A'(y - A mu) / M  for cov = v I
+    v, m = 0.49, 0.3
+    prior = fewstep.GaussianPrior(torch.full((4,), m).double(), torch.tensor(v).double())
+    matrix = torch.eye(4).double()[:2]
+    y = torch.tensor([[1.0, -1.0]]).double()
+    problem = Posterior(prior, GaussianLikelihood(y, MatrixOperator(matrix), 0.1)).expand(20_000)
+    sampler = fewstep.get("red_diff")(steps=10)
+    mu = torch.tensor([[0.5, -0.5, 0.2, 1.0]]).double()
+    t = torch.tensor(0.4).double()
+    alpha, sigma = prior.schedule(t)
+    gradient = sampler.gradient(problem, mu.expand(20_000, 4), t, fewstep.Noise(range(20_000), torch.float64))
+    pull = sampler.lam * sigma**2 / (alpha**2 * v + sigma**2) * (mu - m) / 4
+    want = pull - (y - mu @ matrix.T) @ matrix / 2
+    error = gradient.std(0) / 20_000**0.5
+    assert bool(((gradient.mean(0) - want[0]).abs() < 5 * error + 1e-12).all())
+    # the two terms balance where (y / M + lambda W m / D) / (1 / M + lambda W / D) in the measured directions
+    weight = sampler.lam * sigma**2 / (alpha**2 * v + sigma**2) / 4
+    fixed = (y / 2 + weight * m) / (0.5 + weight)
+    at = torch.cat([fixed, torch.full((1, 2), m).double()], 1).expand(20_000, 4)
+    gradient = sampler.gradient(problem, at, t, fewstep.Noise(range(20_000), torch.float64))
+    assert bool((gradient.mean(0).abs() < 5 * gradient.std(0) / 20_000**0.5 + 1e-12).all())
+
+
+def test_red_diff_fits_the_data_and_says_that_it_is_a_point_estimate():
+    problem = gaussian_problem().problem
+    x = fewstep.get("red_diff")(steps=400)(problem, 2).x[:, 0]
+    fit = problem.likelihood.residual(x[:1]).norm() / problem.likelihood.y.norm()
+    assert float(fit) < 0.15 and fewstep.get("red_diff").exact == "mode"
+
+
+def test_latino_stationary_law_of_a_scalar_gaussian():
+    # x' = prox(m + rho (x - m) + sqrt(1 - rho^2) s z) has variance k^2 (1 - rho^2) s^2 / (1 - k^2 rho^2)
+    exact = scalar_problem(1.0, 1.0, 0.5)
+    ratio = 0.4
+    sampler = fewstep.get("latino")(steps=200, pairing=2.0, decoder_steps=40, ratio_min=ratio, stay=190)
+    law = finite_step_law(sampler, exact.problem)
+    rho = 1 / (1 + ratio**2) ** 0.5
+    k = 1 / (1 + ratio**2 / 2 / 0.25)
+    assert float(law.cov) == pytest.approx(k**2 * (1 - rho**2) / (1 - k**2 * rho**2), rel=2e-3)
+    mean = (k * (1 - rho) * 0.3 + (1 - k) * 1.5) / (1 - k * rho)
+    assert float(law.mean) == pytest.approx(mean, abs=2e-3)
+
+
+def test_daps_langevin_chain_reaches_the_exact_inner_draw():
+    exact = scalar_problem(1.0, 1.0, 0.5)
+    fields = {"steps": 8, "ratio_max": 1.0, "ratio_min": 0.2, "tau": 0.0}
+    chain = fewstep.get("daps")(inner="langevin", langevin_steps=4000, lr=0.02, **fields)
+    draw = fewstep.get("daps")(inner="draw", **fields)
+    left, right = finite_step_law(chain, exact.problem), finite_step_law(draw, exact.problem)
+    assert float(left.cov) == pytest.approx(float(right.cov), rel=0.02)
+    assert float(left.mean) == pytest.approx(float(right.mean), abs=0.02)
+
+
+def test_dds_with_enough_iterations_is_the_prox():
+    problem = gaussian_problem().problem
+    sampler = fewstep.get("dds")(iterations=10, gamma=2.0)
+    x = torch.randn(1, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    matrix = problem.likelihood.physics.matrix
+    want = torch.linalg.solve(
+        torch.eye(5).double() + 2 * matrix.T @ matrix, x[0] + 2 * matrix.T @ problem.likelihood.y[0]
+    )
+    assert torch.allclose(sampler.pull(problem, x)[0], want, atol=1e-9)
+
+
+def test_cm4ir_back_projection_against_dense_algebra():
+    problem = gaussian_problem().problem
+    matrix, y = problem.likelihood.physics.matrix, problem.likelihood.y
+    x = torch.randn(1, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    sampler = fewstep.get("cm4ir")(zeta=3.0)
+    system = matrix @ matrix.T + 3.0 * 0.04 * torch.eye(3).double()
+    want = matrix.T @ torch.linalg.solve(system, (y - x @ matrix.T)[0])
+    assert torch.allclose(sampler.back_projection(problem, x)[0], want, atol=1e-9)
+
+
+# --- the loop -----------------------------------------------------------------------------------------------------------------
+
+
+def test_costs_are_counted_separately():
+    problem = gaussian_problem().problem
+    counts = MMPS(steps=4, iterations=2)(problem).counts
+    assert counts.network == 4 and counts.vjp == 4 * (2 + 1) and counts.operator > 4
+    assert problem.counts.network == 0, "the caller's problem was counted on"
+    assert fewstep.get("diffpir")(steps=4)(problem).counts.vjp == 0
+
+
+def test_callback_reports_every_step_of_every_chunk():
+    seen = []
+    MMPS(steps=3)(gaussian_problem().problem, 4, chunk=2, callback=lambda k, n, state: seen.append((k, n)))
+    assert seen == [(k, 6) for k in range(1, 7)] and isinstance(State(torch.zeros(1)).memory, type(None))
+
+
+def test_stream_gives_what_the_call_gives_chunk_by_chunk():
+    problem = gaussian_problem(batch=2).problem
+    parts = list(MMPS(steps=3).stream(problem, 5, seed=1, chunk=4))
+    assert [p.num_samples for p in parts] == [2, 2, 1] and [p.first for p in parts] == [0, 2, 4]
+    assert torch.allclose(torch.cat([p.x for p in parts]), MMPS(steps=3)(problem, 5, seed=1).x, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "fields", "match"),
+    [
+        (MMPS(steps=0), {}, "at least one step"),
+        (MMPS(steps=2, grid="nonsense"), {}, "unknown grid"),
+        (MMPS(steps=2), {"num_samples": 0}, "at least 1"),
+        (MMPS(steps=2), {"seed": [1, 2]}, "2 seeds for 1"),
+    ],
+)
+def test_bad_arguments_are_refused(sampler, fields, match):
+    with pytest.raises(ValueError, match=match):
+        sampler(gaussian_problem().problem, **fields)
+
+
+def test_a_method_that_does_not_fit_names_those_that_do():
+    flat = Posterior(gaussian_problem().problem.prior, FlatLikelihood((5,), dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"MMPS needs gaussian.*methods that fit:.*pnp_dm"):
+        MMPS(steps=2)(flat)
+
+
+def test_divergence_is_an_error():
+    with pytest.raises(FloatingPointError, match="diverged"):
+        fewstep.get("dps")(steps=50, norm=False, zeta=1e30)(gaussian_problem().problem)
+
+
+def test_registry_suggests_and_refuses():
+    with pytest.raises(ValueError, match="did you mean diffpir"):
+        fewstep.get("difpir")
+    with pytest.raises(ValueError, match="unknown kind"):
+        fewstep.available("nonsense")
+    assert fewstep.get("pnp-dm") is fewstep.get("pnp_dm")
+    with pytest.raises(ValueError, match="no preset"):
+        MMPS.preset("nonsense")
+
+
+@pytest.mark.parametrize("name", fewstep.available())
+def test_references_make_bibtex(name):
+    text = fewstep.get(name).reference.bibtex()
+    assert text.startswith("@inproceedings{") and text.count("{") == text.count("}")

@@ -1,0 +1,268 @@
+"""The words of --operator, kernels, the door for images, the noise level of a photograph."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.io import savemat
+from scipy.ndimage import gaussian_filter
+
+from fewstep.operators import kernels, words
+from fewstep.operators.estimate import estimate_sigma
+from fewstep.operators.image import deepinv_physics, from_unit, image_likelihood, to_unit
+from fewstep.operators.words import get_operator, operators
+from fewstep.testing.likelihood import check_adjoint, check_prox
+
+F64 = torch.float64
+
+
+def image(batch=2, channels=3, height=24, width=36, dtype=F64):
+    rng = np.random.default_rng(0)
+    x = gaussian_filter(rng.normal(size=(batch, channels, height, width)), (0, 0, 2, 2))
+    return torch.tensor((x - x.min()) / (x.max() - x.min()), dtype=dtype)
+
+
+@pytest.fixture
+def files(tmp_path):
+    rng = np.random.default_rng(1)
+    kernel = rng.random((5, 7))
+    np.save(tmp_path / "kernel.npy", kernel)
+    mask = (rng.random((24, 36)) > 0.4).astype(np.uint8) * 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    return {"kernel": str(tmp_path / "kernel.npy"), "mask": str(tmp_path / "mask.png")}
+
+
+OPTIONS = {
+    "deblur-motion": {"size": 9},
+    "deblur-gaussian": {"width": 1.0},
+    "inpaint-box": {"size": 8},
+    "jpeg": {"quality": 50},
+}
+WORDS = [w for w in operators() if w != "jpeg"]
+
+
+def make(word, files, **options):
+    kind = get_operator(word)
+    given = OPTIONS.get(word, {}) | {k: v for k, v in files.items() if k in {f.name for f in dataclasses.fields(kind)}}
+    return kind(**(given | options))
+
+
+def test_the_words():
+    assert set(operators()) == {
+        "deblur", "deblur-gaussian", "deblur-motion", "deblur-uniform", "denoise", "inpaint", "inpaint-box",
+        "inpaint-random", "jpeg", "sr",
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="did you mean deblur-gaussian"):
+        get_operator("deblur-gausian")
+    with pytest.raises(ValueError, match="choose one of"):
+        get_operator("zzz")
+
+
+@pytest.mark.parametrize("word", operators())
+def test_fields_are_options(word, files):
+    operator = make(word, files)
+    for field in dataclasses.fields(operator):
+        assert field.metadata["help"] and field.default is not dataclasses.MISSING
+    assert word in operator.describe() and "\n" not in operator.describe()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        operator.word = "other"
+
+
+@pytest.mark.parametrize("word", WORDS)
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_simulate_likelihood_baseline(word, dtype, files):
+    operator, x = make(word, files), image(dtype=dtype)
+    state = torch.get_rng_state()
+    y = operator.simulate(x, 0.05, seed=3)
+    assert torch.equal(state, torch.get_rng_state())
+    assert torch.equal(y[:1], operator.simulate(x[:1], 0.05, seed=3))
+    assert y.dtype == dtype and operator.image_shape(y) == (3, 24, 36)
+    likelihood = operator.likelihood(y, sigma=0.05)
+    assert likelihood.event_shape == (3, 24, 36) and "svd" in likelihood.provides
+    residual = likelihood.residual(from_unit(x))
+    assert 0.03 < float(residual.std()) < 0.11  # twice sigma, less where pixels are missing
+    assert float(likelihood.residual(from_unit(x)).mean().abs()) < 0.01
+    base = operator.baseline(y)
+    assert base.shape == x.shape and 0 <= float(base.min()) and float(base.max()) <= 1
+    close = likelihood.prox(from_unit(x), 1e-3)
+    assert float((to_unit(close) - x).abs().max()) < 1e-2
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_words_against_dense_algebra(word, files):
+    operator = make(word, files)
+    if word == "inpaint":
+        x, operator = image(1, 1), operator
+    else:
+        small = {"deblur-motion": {"size": 5}, "sr": {"factor": 2}, "deblur-gaussian": {"width": 0.7}}
+        x, operator = image(1, 1, 12, 14), make(word, files, **small.get(word, {}))
+    likelihood = operator.likelihood(operator.simulate(x, 0.1), sigma=0.1)
+    check_adjoint(likelihood)
+    check_prox(likelihood)
+
+
+@pytest.mark.parametrize("factor", [2, 3, 4])
+def test_bicubic_baseline_lies_where_the_operator_samples(factor):
+    operator = words.SuperResolution(factor)
+    ramp = torch.linspace(0.2, 0.8, 48, dtype=F64).expand(1, 1, 48, 48)
+    up = operator.baseline(operator.simulate(ramp.contiguous(), 0.0))
+    middle = slice(4 * factor, -4 * factor)
+    assert float((up - ramp)[..., middle].abs().max()) < 3e-3  # half a pixel off is 6e-3
+
+
+def test_the_door_doubles_sigma_and_centres_y():
+    x, sigma = image(1), 0.05
+    physics = deepinv_physics().Inpainting(img_size=(3, 24, 36), mask=torch.ones(1, 3, 24, 36, dtype=F64))
+    likelihood = image_likelihood(physics.A(x), physics, sigma)
+    assert torch.allclose(likelihood.y, from_unit(x)) and float(likelihood.sigma) == pytest.approx(0.1)
+    assert torch.allclose(to_unit(from_unit(x)), x)
+
+
+def test_mri_and_tomography_through_the_door():
+    P = deepinv_physics()
+    x = image(1, 2, 8, 8)
+    mri = P.MultiCoilMRI(
+        mask=torch.ones(8, 8, dtype=F64), coil_maps=torch.ones(2, 8, 8, dtype=torch.complex128), img_size=(2, 8, 8)
+    )
+    assert torch.allclose(image_likelihood(mri.A(x), mri, 0.01).start(), from_unit(x), atol=1e-3)
+    ct = P.Tomography(angles=6, img_width=8, circle=False, normalize=False)
+    likelihood = image_likelihood(ct.A(x[:, :1].float()), ct, 0.01)
+    assert float(likelihood.residual(from_unit(x[:, :1].float())).abs().max()) < 1e-4
+
+
+def test_masks():
+    random = words.InpaintRandom(rate=0.3).build((3, 40, 50))
+    assert torch.equal(random.mask[:, :1].expand_as(random.mask), random.mask)
+    assert 0.25 < 1 - float(random.mask.mean()) < 0.35
+    assert torch.equal(words.InpaintRandom(rate=0.3).build((3, 40, 50)).mask, random.mask)
+    box = words.InpaintBox(size=10).build((1, 20, 30)).mask
+    assert float((1 - box).sum()) == 100 and float(box[0, 0, 5:15, 10:20].sum()) == 0
+
+
+def test_missing_pixels_are_not_read():
+    operator = words.InpaintBox(size=8)
+    y = operator.simulate(image(), 0.05)
+    painted = y.clone()
+    painted[..., 8:16, 14:22] = 0.7
+    z = torch.zeros_like(y)
+    outs = [operator.likelihood(a, sigma=0.05).prox(z, 0.5) for a in (y, painted)]
+    assert torch.equal(*outs) and torch.equal(operator.baseline(y), operator.baseline(painted))
+    assert float(y[..., 8:16, 14:22].abs().max()) == 0
+
+
+def test_kernels_sum_to_one_and_leave_the_global_generator_alone():
+    state = torch.get_rng_state()
+    for kernel in (kernels.gaussian_kernel(1.5), kernels.uniform_kernel(4), kernels.motion_kernel(15, 2)):
+        assert kernel.dtype == F64 and float(kernel.sum()) == pytest.approx(1) and float(kernel.min()) >= 0
+    assert torch.equal(kernels.motion_kernel(15, 2), kernels.motion_kernel(15, 2))
+    assert not torch.equal(kernels.motion_kernel(15, 2), kernels.motion_kernel(15, 3))
+    assert torch.equal(state, torch.get_rng_state())
+    width = kernels.gaussian_kernel(1.5)[0, 0]
+    offsets = torch.arange(width.shape[0]) - width.shape[0] // 2
+    assert float((width.sum(0) * offsets**2).sum()) == pytest.approx(2.25, rel=1e-2)
+
+
+def test_kernel_files(tmp_path):
+    truth = np.random.default_rng(0).integers(0, 256, (5, 7)).astype(np.uint8)
+    Image.fromarray(truth).save(tmp_path / "k.png")
+    np.save(tmp_path / "k.npy", truth)
+    np.save(tmp_path / "stack.npy", np.stack([truth, truth[::-1]]))
+    cell = np.empty((1, 2), dtype=object)
+    cell[0, 0], cell[0, 1] = truth.astype(float), truth[::-1].astype(float)
+    savemat(tmp_path / "k.mat", {"kernels": cell})
+    want = torch.tensor(truth / truth.sum(dtype=float))
+    for name, index, kernel in (
+        ("k.png", 0, want), ("k.npy", 0, want), ("stack.npy", 1, want.flip(0)), ("k.mat", 0, want),
+        ("k.mat", 1, want.flip(0)),
+    ):  # fmt: skip
+        assert torch.allclose(kernels.load_kernel(tmp_path / name, index)[0, 0], kernel)
+
+
+def test_kernel_files_of_matlab_seven_three(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    truth = np.random.default_rng(0).random((3, 5))
+    with h5py.File(tmp_path / "k.mat", "w", userblock_size=512) as file:
+        file.create_dataset("#refs#/a", data=truth.T)
+        cells = file.create_dataset("kernels", (1, 1), dtype=h5py.ref_dtype)
+        cells[0, 0] = file["#refs#/a"].ref
+    with open(tmp_path / "k.mat", "r+b") as file:
+        file.write(b"MATLAB 7.3 MAT-file".ljust(116) + bytes(8) + b"\x00\x02IM")
+    got = kernels.load_kernel(tmp_path / "k.mat")[0, 0]
+    assert torch.allclose(got, torch.tensor(truth / truth.sum()))
+
+
+@pytest.mark.parametrize("sigma", [0.01, 0.05, 0.2])
+def test_noise_level_of_a_photograph(sigma):
+    x = image(2, 3, 96, 96)
+    y = words.Denoise().simulate(x, sigma)
+    assert torch.allclose(estimate_sigma(y), torch.full((2,), sigma, dtype=F64), rtol=0.1)
+    assert torch.equal(estimate_sigma(y[:1]), estimate_sigma(y)[:1])
+    assert torch.allclose(words.Denoise().likelihood(y).sigma, 2 * estimate_sigma(y))
+
+
+def test_a_flat_image_has_the_noise_of_rounding():
+    assert 0 < float(estimate_sigma(torch.ones(1, 3, 16, 16))) < 0.002
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda t: words.Inpaint(mask=str(t / "mask.png")).build((3, 9, 8)), "is 8 x 8, the image is 9 x 8"),
+        (lambda t: words.Inpaint().build((3, 8, 8)), "needs a mask file"),
+        (lambda t: words.Inpaint(mask=str(t / "black.png")).build((3, 8, 8)), "every pixel as missing"),
+        (lambda t: words.Deblur().build((3, 8, 8)), "needs a kernel file"),
+        (lambda t: words.Deblur(kernel=str(t / "no.png")).build((3, 8, 8)), "no such file"),
+        (lambda t: words.Deblur(kernel=str(t / "k.txt")).build((3, 8, 8)), "is read from"),
+        (lambda t: words.Deblur(kernel=str(t / "nan.npy")).build((3, 8, 8)), "NaN"),
+        (lambda t: words.Deblur(kernel=str(t / "zero.npy")).build((3, 8, 8)), "zero"),
+        (lambda t: words.Deblur(kernel=str(t / "minus.npy")).build((3, 8, 8)), "negative"),
+        (lambda t: words.Deblur(kernel=str(t / "k.npy"), index=2).build((3, 8, 8)), "no index 2"),
+        (lambda t: words.DeblurUniform(size=9).build((3, 8, 12)), "larger than the image"),
+        (lambda t: words.DeblurGaussian(width=-1.0).build((3, 8, 8)), "positive"),
+        (lambda t: words.SuperResolution(factor=1), "at least 2"),
+        (lambda t: words.SuperResolution(factor=4).build((3, 30, 32)), "divides"),
+        (lambda t: words.InpaintRandom(rate=1.2), "rate"),
+        (lambda t: words.InpaintBox(size=9).build((3, 8, 8)), "does not fit"),
+        (lambda t: words.Denoise().likelihood(torch.ones(1, 3, 8, 8), sigma=-0.1), "sigma must be positive"),
+        (lambda t: words.Denoise().likelihood(torch.full((1, 3, 8, 8), float("nan")), sigma=0.1), "NaN"),
+        (lambda t: words.Denoise().simulate(torch.full((1, 3, 8, 8), float("nan")), 0.1), "NaN"),
+        (lambda t: words.Denoise().simulate(torch.ones(1, 3, 8, 8), -0.1), "negative"),
+        (lambda t: words.DeblurUniform(size=3).likelihood(torch.ones(1, 3, 8, 8)), "needs the noise level"),
+        (lambda t: words.Denoise().likelihood(torch.ones(1, 3, 8, 8), (3, 9, 9), 0.1), "is of an image"),
+    ],
+)
+def test_bad_input_is_named_in_one_line(call, message, tmp_path):
+    Image.fromarray(np.full((8, 8), 255, np.uint8)).save(tmp_path / "mask.png")
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "black.png")
+    (tmp_path / "k.txt").write_text("1")
+    for name, value in {"k": 1.0, "nan": np.nan, "zero": 0.0, "minus": -1.0}.items():
+        np.save(tmp_path / f"{name}.npy", np.full((3, 3), value))
+    with pytest.raises(ValueError, match=message) as error:
+        call(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_kernel_larger_than_the_image_is_refused_at_the_door():
+    physics = deepinv_physics().BlurFFT(img_size=(1, 12, 12), filter=torch.ones(1, 1, 9, 9) / 81)
+    object.__setattr__(physics, "img_size", (1, 8, 8))
+    with pytest.raises(ValueError):
+        image_likelihood(torch.ones(1, 1, 8, 8), physics, 0.1)
+    direct = deepinv_physics().Blur(filter=torch.ones(1, 1, 9, 9) / 81, padding="circular", use_fft=True)
+    with pytest.raises(ValueError, match="larger than the image"):
+        image_likelihood(torch.ones(1, 1, 8, 8), direct, 0.1)
+
+
+def test_an_operator_with_a_constant_part_is_refused():
+    class Offset:
+        def A(self, x):
+            return x + 1
+
+        def A_adjoint(self, y):
+            return y
+
+    with pytest.raises(ValueError, match="not"):
+        image_likelihood(torch.rand(1, 1, 8, 8), Offset(), 0.1)

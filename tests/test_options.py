@@ -1,0 +1,69 @@
+"""Words become values of the types that a dataclass or a function declares."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from fewstep.options import assignments, pairs, typed_arguments, typed_fields
+
+
+@dataclass(frozen=True)
+class Example:
+    """Every type that fields have."""
+
+    steps: int = 1
+    rate: float = 0.5
+    name: str = ""
+    on: bool = False
+    limit: int | None = 3
+    sizes: tuple[int, ...] = ()
+    file: Path | None = None
+    path: str = field(default="", metadata={"flag": "mask"})
+
+
+def test_conversion():
+    words = {
+        "steps": "7",
+        "rate": "1e-3",
+        "on": "yes",
+        "limit": "none",
+        "sizes": "3, 4",
+        "file": "a/b",
+        "mask": "m.png",
+    }
+    made = Example(**typed_fields(Example, words, "method x"))
+    assert made == Example(7, 0.001, "", True, None, (3, 4), Path("a/b"), "m.png")
+    assert typed_fields(Example, {"steps": 5}, "method x") == {"steps": 5}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"stepp": "1"}, "method x has no option 'stepp'; did you mean steps"),
+        ({"path": "1"}, "no option 'path'"),
+        ({"zzz": "1"}, "choose one of"),
+        ({"steps": "1.5"}, "steps must be int, got '1.5'"),
+        ({"on": "maybe"}, "on must be bool"),
+        ({"limit": "x"}, "NoneType or int"),
+    ],
+)
+def test_errors(words, message):
+    with pytest.raises(ValueError, match=message):
+        typed_fields(Example, words, "method x")
+
+
+def test_functions_and_words():
+    def function(names: Sequence[str] | None = None, levels: Sequence[float] = (), count: int = 1) -> None: ...
+
+    values = typed_arguments(function, pairs(["--names", "a,b", "--levels=1,2.5"]), "benchmark x")
+    assert values == {"names": ("a", "b"), "levels": (1.0, 2.5)}
+    for wrong in (["--names"], ["names", "a"], ["--", "a"]):
+        with pytest.raises(ValueError, match="expected --name value"):
+            pairs(wrong)
+    assert assignments(["a=1", "b=x=y"]) == {"a": "1", "b": "x=y"}
+    with pytest.raises(ValueError, match="field=value"):
+        assignments(["a"])

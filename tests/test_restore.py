@@ -1,0 +1,254 @@
+"""The main job: what is written, what it is worth on a problem with a known answer, and every way it can go wrong."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shlex
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import fewstep.restore as module
+from fewstep.core.samples import Samples
+from fewstep.operators.grey import luma
+from fewstep.restore import Settings, restore, restore_folder
+from fewstep.task import command_line
+from pictures import PixelPrior, pixels, write_png
+
+FEW = {"steps": "4"}
+FILES = {"measurement.png", "mean.png", "std.png", "interval-low.png", "interval-high.png", "interval-width.png"}
+FILES |= {"samples.safetensors", "report.html", "result.json"}
+
+
+def settings(**changes):
+    return Settings(**{"operator": "denoise", "sigma": 0.1, "samples": 3, "method_fields": FEW, **changes})
+
+
+def run(path, folder, progress=None, **changes):
+    return restore(path, folder / "out", settings(**changes), prior=PixelPrior(), progress=progress)
+
+
+def names(folder):
+    return {p.name for p in (folder / "out").iterdir()}
+
+
+def samples_of(k):
+    return {f"sample-{i:02d}.png" for i in range(k)}
+
+
+def test_outputs(tmp_path):
+    result = run(write_png(tmp_path), tmp_path)
+    assert names(tmp_path) == FILES | samples_of(3)
+    record = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert record == json.loads(json.dumps(result.record))
+    assert record["method"]["name"] == "diffpir" and record["method"]["steps"] == 4
+    assert record["nfe"] == 4 and record["num_samples"] == 3 and not record["interrupted"]
+    assert record["sigma"] == 0.1 and record["seed"] == 0 and record["operator"]["name"] == "denoise"
+    assert {"fewstep", "torch", "python"} <= set(record["versions"])
+    samples = Samples.load(tmp_path / "out")
+    assert samples.x.shape == (3, 1, 3, 24, 32)
+    unit = ((samples.x + 1) / 2).clamp(0, 1)
+    assert torch.allclose(result.summary.mean, unit.mean(0)) and torch.allclose(result.summary.std, unit.std(0))
+    assert "psnr_mean" not in record and not (tmp_path / "out" / "truth.png").exists()
+
+
+def test_simulation_is_scored(tmp_path, monkeypatch):
+    monkeypatch.delenv("FEWSTEP_LPIPS", raising=False)
+    record = run(write_png(tmp_path), tmp_path, simulate=True).record
+    for name in ("psnr_measurement", "psnr_mean", "psnr_sample", "ssim_mean", "coverage90"):
+        assert isinstance(record[name], float)
+    assert record["psnr_measurement"] == pytest.approx(20, abs=0.6)
+    assert record["psnr_mean"] > record["psnr_sample"]
+    assert record["lpips"] is None and "LPIPS" in record["missing"]["lpips"]
+    assert "truth.png" in names(tmp_path)
+
+
+def test_the_posterior_of_a_gaussian_is_found_in_the_right_units(tmp_path):
+    """Pixels N(0, 0.5^2) in [-1, 1], noise 0.1 in [0, 1]: the posterior mean and deviation are known."""
+    y = 0.5 + 0.05 * torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    save_file({"y": y}, tmp_path / "y.safetensors")
+    chosen = settings(samples=64, method="pigdm", method_fields={"steps": "100"})
+    result = restore(tmp_path / "y.safetensors", tmp_path / "out", chosen, prior=PixelPrior())
+    gain = 0.25**2 / (0.25**2 + 0.1**2)
+    assert torch.allclose(result.summary.mean, 0.5 + gain * (y - 0.5), atol=0.06)
+    assert float(result.summary.std.mean()) == pytest.approx(0.1 * gain**0.5, rel=0.1)
+
+
+def test_chunks_and_runs_do_not_change_samples(tmp_path, monkeypatch):
+    path = write_png(tmp_path)
+    first = run(path, tmp_path / "a")
+    monkeypatch.setattr(module._Run, "_chunk", lambda self: 1)
+    run(path, tmp_path / "b")
+    a, b = (load_file(tmp_path / n / "out" / "samples.safetensors")["x"] for n in "ab")
+    assert torch.allclose(a, b, atol=1e-6) and first.record["num_samples"] == 3
+
+
+def test_a_jpeg_is_recognised_by_itself(tmp_path):
+    Image.fromarray(pixels()).save(tmp_path / "p.jpg", quality=30)
+    record = run(tmp_path / "p.jpg", tmp_path, operator=None, sigma=None).record
+    assert record["operator"]["name"] == "jpeg" and record["sigma"] is None
+
+
+def test_without_operator_the_choices_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"--operator, one of .*denoise"):
+        run(write_png(tmp_path), tmp_path, operator=None)
+    Image.fromarray(pixels()).save(tmp_path / "p.jpg")
+    with pytest.raises(ValueError, match="is to be degraded"):
+        run(tmp_path / "p.jpg", tmp_path, operator=None, simulate=True)
+
+
+def test_sigma_is_estimated_where_that_is_possible(tmp_path):
+    x = torch.full((1, 3, 64, 64), 0.5) + 0.1 * torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    save_file({"y": x}, tmp_path / "y.safetensors")
+    assert run(tmp_path / "y.safetensors", tmp_path, sigma=None).record["sigma"] == pytest.approx(0.1, rel=0.1)
+    with pytest.raises(ValueError, match="sigma"):
+        run(tmp_path / "y.safetensors", tmp_path, sigma=None, operator="deblur-gaussian")
+    with pytest.raises(ValueError, match="give --sigma"):
+        run(write_png(tmp_path), tmp_path, sigma=None, simulate=True)
+
+
+@pytest.mark.parametrize("operator", ["denoise", "deblur-gaussian", "jpeg"])
+@pytest.mark.parametrize("simulate", [True, False])
+def test_grey_in_grey_out(tmp_path, operator, simulate):
+    jpeg = operator == "jpeg"
+    path = tmp_path / ("g.jpg" if jpeg else "g.png")
+    Image.fromarray(pixels(channels=1)).save(path)
+    run(path, tmp_path, operator=operator, sigma=None if jpeg else 0.1, simulate=simulate)
+    for name in ("mean.png", "sample-00.png", "measurement.png", "interval-low.png"):
+        assert Image.open(tmp_path / "out" / name).mode == "L"
+    written = torch.from_numpy(np.array(Image.open(tmp_path / "out" / "sample-01.png"))) / 255
+    sample = luma(((Samples.load(tmp_path / "out").x[1, 0] + 1) / 2).clamp(0, 1))[0]
+    assert torch.allclose(sample, written, atol=0.5 / 255 + 1e-6)
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (1, 1), (9, 33)])
+def test_any_size(tmp_path, shape):
+    record = run(write_png(tmp_path, height=shape[0], width=shape[1]), tmp_path, simulate=True).record
+    assert record["size"] == [3, *shape]
+    if min(shape) < 11:
+        assert record["ssim_mean"] is None and "pixels" in record["missing"]["ssim_mean"]
+
+
+def test_one_sample_has_no_uncertainty(tmp_path):
+    record = run(write_png(tmp_path), tmp_path, samples=1, simulate=True).record
+    assert record["coverage90"] is None and "2 samples" in record["missing"]["coverage90"]
+    assert "std.png" not in names(tmp_path) and "at least two" in (tmp_path / "out" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sigma": -0.1}, "sigma must be finite and not negative"),
+        ({"sigma": float("nan")}, "sigma must be finite"),
+        ({"sigma": 25.0}, "divide by 255"),
+        ({"samples": 0}, "samples must be at least 1"),
+        ({"method": "difpir"}, "did you mean diffpir"),
+        ({"method_fields": {"stepz": "3"}}, "did you mean steps"),
+        ({"method_fields": {"steps": "many"}}, "steps must be int"),
+        ({"method_fields": {"steps": "0"}}, "at least one step"),
+        ({"preset": "fast-as-light"}, "no preset"),
+        ({"operator": "denoize"}, "did you mean denoise"),
+        ({"operator_fields": {"factor": "4"}}, "no option 'factor'"),
+        ({"operator": "sr", "operator_fields": {"factor": "two"}}, "factor must be int"),
+        ({"operator": "deblur-uniform", "operator_fields": {"size": "99"}}, "larger than the image"),
+        ({"operator": "inpaint", "operator_fields": {"mask": "MASK"}}, "the mask .* is 4 x 4, the image is 24 x 32"),
+        ({"operator": "jpeg", "sigma": None, "simulate": True, "method": "ddrm"}, "methods that fit: .*diffpir"),
+        ({"device": "abacus"}, "cannot be used"),
+    ],
+)
+def test_bad_settings_say_cause_and_way_out(tmp_path, changes, message):
+    Image.new("L", (4, 4), 255).save(tmp_path / "mask.png")
+    fields = changes.get("operator_fields", {})
+    if fields.get("mask") == "MASK":
+        changes = {**changes, "operator_fields": {"mask": str(tmp_path / "mask.png")}}
+    with pytest.raises(ValueError, match=message) as caught:
+        run(write_png(tmp_path), tmp_path, **changes)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def interrupt_after(steps):
+    def progress(_name, done, _total, _calls):
+        if done == steps:
+            raise KeyboardInterrupt
+
+    return progress
+
+
+def test_an_interrupted_run_keeps_what_was_finished(tmp_path, monkeypatch):
+    monkeypatch.setattr(module._Run, "_chunk", lambda self: 1)
+    result = run(write_png(tmp_path), tmp_path, interrupt_after(10), simulate=True)  # in the third sample of four steps
+    assert result.interrupted and result.record["num_samples"] == 2
+    assert names(tmp_path) == FILES | samples_of(2) | {"truth.png"}
+    assert Samples.load(tmp_path / "out").num_samples == 2
+    assert "interrupted" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_interrupted_before_the_first_sample(tmp_path):
+    result = run(write_png(tmp_path), tmp_path, interrupt_after(1))
+    assert result.interrupted and result.record["num_samples"] == 0 and result.summary is None
+    assert names(tmp_path) == {"measurement.png", "result.json"}
+
+
+def test_a_full_disk_leaves_no_half_file(tmp_path, monkeypatch):
+    path = write_png(tmp_path)
+    real, calls = os.fsync, []
+
+    def fsync(handle):
+        calls.append(handle)
+        if len(calls) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match="No space"):
+        run(path, tmp_path)
+    assert names(tmp_path) == {"measurement.png", "sample-00.png"}
+
+
+def test_divergence_is_an_error(tmp_path):
+    class Broken(PixelPrior):
+        def forward(self, x_t, t, **cond):
+            return x_t * float("nan")
+
+    with pytest.raises(FloatingPointError, match="diverged"):
+        restore(write_png(tmp_path), tmp_path / "out", settings(), prior=Broken())
+    assert names(tmp_path) == {"measurement.png"}
+
+
+def test_an_earlier_run_is_replaced_and_foreign_files_are_kept(tmp_path):
+    path = write_png(tmp_path)
+    run(path, tmp_path, simulate=True)
+    (tmp_path / "out" / "notes.txt").touch()
+    run(path, tmp_path, samples=2)
+    assert names(tmp_path) == FILES | samples_of(2) | {"notes.txt"}
+
+
+def test_the_command_repeats_the_run(tmp_path):
+    chosen = settings(operator="sr", operator_fields={"factor": "2"}, seed=3, simulate=True)
+    words = shlex.split(command_line(tmp_path / "a b.png", tmp_path, chosen))
+    assert words[:3] == ["fewstep", "restore", str(tmp_path / "a b.png")]
+    for pair in (["--factor", "2"], ["--set", "steps=4"], ["--seed", "3"], ["--samples", "3"], ["--sigma", "0.1"]):
+        assert any(words[i : i + 2] == pair for i in range(len(words)))
+    assert words[-1] == "--simulate"
+
+
+def test_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "open_prior", lambda name: PixelPrior())
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in ("a.png", "b.png", "c.png"):
+        write_png(folder, name)
+    (folder / "bad.png").write_text("no image")
+    Image.fromarray(pixels()).save(folder / "a.jpg")
+    results, failures = restore_folder(folder, tmp_path / "out", settings())
+    assert set(failures) == {"bad.png"} and "not an image" in failures["bad.png"]
+    assert names(tmp_path) == {"a-png", "a-jpg", "b", "c"} and len(results) == 4
+    shares = [restore_folder(folder, tmp_path / "two", settings(), share=(rank, 2)) for rank in (0, 1)]
+    done = [{r.folder.name for r in part} for part, _ in shares]
+    assert done[0] | done[1] == {"a-png", "a-jpg", "b", "c"} and not done[0] & done[1]

@@ -1,0 +1,63 @@
+"""Samples written one after the other: the same file and the same statistics as those in memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fewstep.store as module
+from fewstep.core.likelihood import Counts
+from fewstep.core.samples import Samples
+from fewstep.store import SampleStore
+
+X = torch.randn(5, 1, 3, 7, 6, generator=torch.Generator().manual_seed(0))
+
+
+def parts(x=X):
+    for k in range(len(x)):
+        yield Samples(x[k : k + 1], Counts(3, 2, 1), 0.5, "Method(steps=3)", (7,), k)
+
+
+def write(folder, dtype=torch.float32):
+    with SampleStore(folder, X.shape[1:], dtype) as store:
+        for part in parts():
+            store.append(part)
+        return store.summary(lambda x: x, 0.6)
+
+
+def test_file_is_that_of_samples(tmp_path):
+    write(tmp_path)
+    samples = Samples.load(tmp_path)
+    assert torch.equal(samples.x, X) and samples.counts == Counts(3, 2, 1)
+    assert samples.method == "Method(steps=3)" and samples.seeds == (7,) and samples.seconds == 2.5
+    assert [p.name for p in tmp_path.iterdir()] == ["samples.safetensors"]
+
+
+@pytest.mark.parametrize("strip", [1, 30, 1 << 20])
+def test_statistics_in_strips(tmp_path, monkeypatch, strip):
+    monkeypatch.setattr(module, "_STRIP", strip)
+    summary, whole = write(tmp_path), Samples(X, Counts(), 0.0, "", (0,))
+    assert torch.allclose(summary.mean, whole.mean) and torch.allclose(summary.std, whole.std)
+    lower, upper = whole.interval(0.6)
+    assert torch.allclose(summary.lower, lower) and torch.allclose(summary.upper, upper)
+
+
+def test_half_precision(tmp_path):
+    assert torch.allclose(write(tmp_path, torch.float16).mean, X.mean(0), atol=2e-3)
+    assert torch.equal(Samples.load(tmp_path).x, X.half())
+
+
+@pytest.mark.parametrize(("error", "kept"), [(KeyboardInterrupt, True), (OSError, False)])
+def test_interruption_keeps_and_failure_leaves_nothing(tmp_path, error, kept):
+    with pytest.raises(error), SampleStore(tmp_path, X.shape[1:]) as store:
+        store.append(next(parts()))
+        raise error
+    assert [p.name for p in tmp_path.iterdir()] == (["samples.safetensors"] if kept else [])
+    if kept:
+        assert torch.equal(Samples.load(tmp_path).x, X[:1])
+
+
+def test_nothing_written_is_no_file(tmp_path):
+    with SampleStore(tmp_path, X.shape[1:]):
+        pass
+    assert not list(tmp_path.iterdir())
