@@ -169,6 +169,44 @@ def test_deepinv_sees_the_same_denoiser():
     assert wrapped.calls == 3 and bool(torch.isfinite(wrapped(u, 0.0)).all())
 
 
+def test_levels_are_met_by_the_uniform_grid():
+    from fewstep.bench.deepinv_samplers import Levels
+    from fewstep.core.grid import uniform
+
+    levels = Levels((2.0, 0.5, 0.1), (3.0, 0.2, 7.0))
+    times = uniform(levels, 3)
+    alpha, sigma = levels(times)
+    torch.testing.assert_close(alpha, torch.tensor([3.0, 0.2, 7.0, 1.0], dtype=torch.float64))
+    torch.testing.assert_close(sigma / alpha, torch.tensor([2.0, 0.5, 0.1, 0.0], dtype=torch.float64))
+    torch.testing.assert_close(levels.time(levels.ratio(times)), times)
+
+
+def test_our_dps_at_deepinvs_settings_has_its_weights():
+    from fewstep.bench.deepinv_samplers import RIVALS
+    from fewstep.core.grid import uniform
+    from fewstep.core.schedule import VariancePreserving
+
+    levels, steps = RIVALS["dps"].schedule(6), 6
+    times = uniform(levels, steps)
+    vp, _ = VariancePreserving()(times)
+    scale = levels(times)[0] / vp
+    b = -2 * vp.log()
+    torch.testing.assert_close(1 / (scale[:-1] * scale[1:]), torch.sinh((b[:-1] - b[1:]) / 2))
+
+
+def test_diffpir_at_deepinvs_settings_is_deepinvs_diffpir_up_to_its_last_step():
+    from fewstep.bench.deepinv_samplers import at_rival_settings
+    from fewstep.priors.exact import GaussianPrior
+
+    prior = GaussianPrior(torch.zeros(3, 16, 16), torch.tensor(0.25))
+    (_, truth), *_ = speed.truth_images(None, 16)
+    scene = speed.make_scenes(truth)[0]
+    row = speed.rival_row("diffpir", scene, prior, 20, 1)
+    sampler, rescheduled = at_rival_settings("diffpir", prior, 20)
+    assert float(rescheduled.schedule.ratio(torch.tensor(1 / 20))) == pytest.approx(0.01, rel=1e-3)
+    assert row["calls"] == row["deepinv calls"] == sampler.nfe == 20
+
+
 def test_speed_benchmark(folder, prior, tmp_path):
     report = speed.main(
         tmp_path / "s.json", folder=folder, prior=prior, methods=["ddrm", "dps"], steps=3, repeats=2, size=64
@@ -177,7 +215,7 @@ def test_speed_benchmark(folder, prior, tmp_path):
     assert all(r["ratio min"] <= r["ratio"] <= r["ratio max"] for r in loops) and [r["nfe"] for r in loops] == [3, 3]
     assert {r["method"] for r in versus} == {"dps", "ddrm", "diffpir"} and not any("remark" in r for r in versus)
     assert all(r["calls"] == r["deepinv calls"] == 3 for r in versus)
-    assert all(r["ratio"] > 0 and r["PSNR"] > 0 for r in versus)
+    assert all(r["ratio"] > 0 and r["PSNR"] > 0 and r[speed.EQUAL] > 0 for r in versus)
 
 
 def test_alternate_swaps_the_order():

@@ -210,6 +210,30 @@ def test_train_prior_refuses_an_empty_folder(fewstep, tmp_path):
     assert code == 2 and "no images" in err
 
 
+def test_train_prior_that_was_stopped_is_an_interruption(fewstep, tmp_path, monkeypatch):
+    seen = []
+
+    def train(*given):
+        seen.append(given)
+        raise KeyboardInterrupt("stopped after step 1 of 2")
+
+    monkeypatch.setattr("fewstep.recipes.train_prior", train)
+    assert fewstep("train-prior", tmp_path, "--out", tmp_path / "o", "--steps", "2")[0] == 130
+    assert fewstep("train-prior", tmp_path, "--out", tmp_path / "o", "--no-resume")[0] == 130
+    assert seen == [("natural", tmp_path, tmp_path / "o", 2, True), ("natural", tmp_path, tmp_path / "o", None, False)]
+
+
+def test_bench_table(fewstep, tmp_path):
+    from fewstep.bench.common import Report
+
+    Report("gaussian", {}, {"Rows": [{"method": "ddrm", "nfe": 20}]}, ("a note",)).finish(tmp_path / "r.json")
+    code, out, _ = fewstep("bench", "table", tmp_path / "r.json")
+    assert code == 0 and "| ddrm | 20 |" in out
+    assert fewstep("bench", "table", tmp_path / "r.json", "--out", tmp_path / "r.md")[0] == 0
+    assert "| ddrm | 20 |" in (tmp_path / "r.md").read_text()
+    assert fewstep("bench", "table", tmp_path / "none.json")[0] == 2
+
+
 def test_help_of_every_command(fewstep):
     for command in ("restore", "simulate", "methods", "operators", "cite", "train-prior", "bench", "doctor"):
         code, out, _ = fewstep(command, "--help")

@@ -105,6 +105,18 @@ def test_words_against_dense_algebra(word, files):
     check_prox(likelihood)
 
 
+@pytest.mark.parametrize("operator", [words.DeblurGaussian(1.0), words.SuperResolution(2), words.InpaintRandom(0.5)])
+def test_the_tensors_of_an_operator_are_where_the_measurement_is(operator):
+    y = torch.empty(1, 3, 16, 16, device="meta")
+    physics = operator._physics(y, None)
+    assert physics.A_adjoint(y).device.type == "meta" and all(b.is_meta for b in physics.buffers())
+
+
+def test_sr_fits_sides_to_multiples_of_the_factor():
+    assert words.SuperResolution(4).fit((3, 30, 33)) == (3, 28, 32)
+    assert words.Denoise().fit((3, 30, 33)) == (3, 30, 33)
+
+
 @pytest.mark.parametrize("factor", [2, 3, 4])
 def test_bicubic_baseline_lies_where_the_operator_samples(factor):
     operator = words.SuperResolution(factor)

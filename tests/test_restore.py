@@ -134,6 +134,14 @@ def test_any_size(tmp_path, shape):
         assert record["ssim_mean"] is None and "pixels" in record["missing"]["ssim_mean"]
 
 
+def test_a_simulation_is_cropped_to_a_size_that_the_operator_takes(tmp_path):
+    path = write_png(tmp_path, height=23, width=33)
+    record = run(path, tmp_path, operator="sr", operator_fields={"factor": "2"}, simulate=True).record
+    assert record["size"] == [3, 22, 32] and any("33 x 23 to 32 x 22" in note for note in record["notes"])
+    with Image.open(tmp_path / "out" / "truth.png") as truth, Image.open(path) as clean:
+        assert np.array_equal(np.asarray(truth), np.asarray(clean)[:22, :32])
+
+
 def test_one_sample_has_no_uncertainty(tmp_path):
     record = run(write_png(tmp_path), tmp_path, samples=1, simulate=True).record
     assert record["coverage90"] is None and "2 samples" in record["missing"]["coverage90"]

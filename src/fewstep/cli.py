@@ -143,11 +143,15 @@ def train_prior(
     out: Annotated[Path, typer.Option(help="Folder for checkpoints and the prior.")],
     recipe: Annotated[str, typer.Option(help="A recipe: a .yaml file, or the name of a shipped one.")] = "natural",
     steps: Annotated[int | None, typer.Option(help="Steps, instead of those of the recipe.")] = None,
+    resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in --out.")] = True,
 ) -> None:
-    """Train a prior by a recipe; started again with the same --out, it goes on where it stopped."""
-    from fewstep.recipes import prior_trainer, read_recipe
+    """Train a prior by a recipe; started again with the same --out, it goes on where it stopped.
 
-    prior_trainer(read_recipe(recipe), data, out, steps).run()
+    Interrupted, it writes a checkpoint first and exits with code 130.
+    """
+    from fewstep.recipes import train_prior as train
+
+    train(recipe, data, out, steps, resume)
 
 
 def _bench(name: str, text: str) -> None:
@@ -167,6 +171,17 @@ _bench("mixture", "Distance to the exact posterior of mixture problems.")
 _bench("denoise", "PSNR of a prior as a denoiser.")
 _bench("images", "PSNR, SSIM, LPIPS and coverage on photographs.")
 _bench("speed", "Cost of the loop, and deepinv beside it.")
+
+
+@bench.command()
+def table(
+    file: Annotated[Path, typer.Argument(metavar="FILE.json", help="A report of a benchmark.")],
+    out: Annotated[Path | None, typer.Option(help="Markdown file; the terminal where absent.")] = None,
+) -> None:
+    """Print the tables of a benchmark's report as Markdown."""
+    from fewstep.bench.table import main as print_table
+
+    print_table(file, out)
 
 
 def main() -> NoReturn:

@@ -97,7 +97,7 @@ def restore(
     denoiser = _windowed(prior or open_prior(chosen.prior), chosen.window).to(device)
     task = replace(task, likelihood=_in_channels(task.likelihood, denoiser))
     problem = Posterior(denoiser, task.likelihood)
-    sampler._check(problem, chosen.samples)
+    sampler.check(problem, chosen.samples)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     clear(folder)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from fewstep.operators.estimate import estimate_sigma
 from fewstep.operators.words import Operator, get_operator, operators
 from fewstep.options import typed_fields
 
-DEFAULT_METHOD = "diffpir"
+DEFAULT_METHOD = "latino"
 DEFAULT_PRIOR = "natural"
 QUANTISATION = 1 / 255 / math.sqrt(12)  # standard deviation of the rounding to 8 bits
 JPEG = "jpeg"  # the operator of a photograph that is itself a JPEG file
@@ -130,6 +130,7 @@ def prepare(photo: Photo, chosen: Settings, device: torch.device) -> Task:
         ValueError: no operator for a file that is not a JPEG, or one that does not fit the image.
     """
     word = _word_of(photo, chosen)
+    photo = _fitted(word, photo) if chosen.simulate else photo
     truth = photo.x if chosen.simulate else None
     y = _simulated(word, photo, chosen) if chosen.simulate else _read(word, photo)
     sigma = _known_sigma(word, y, chosen)
@@ -171,6 +172,16 @@ def _simulated(word: Operator, photo: Photo, chosen: Settings) -> Any:
     if chosen.sigma is None and word.noise != "none":
         raise ValueError(f"give --sigma, the noise to be added under {word.word} in units of [0, 1]; 0 for none")
     return word.simulate(photo.x[:, :1] if photo.grey else photo.x, chosen.sigma or 0.0, chosen.seed)
+
+
+def _fitted(word: Operator, photo: Photo) -> Photo:
+    """Return a clean photograph, cropped at the bottom and on the right where the operator does not take its size."""
+    _, channels, h, w = photo.x.shape
+    _, high, wide = word.fit((channels, h, w))
+    if (high, wide) == (h, w) or min(high, wide) < 1:  # nothing left: the operator says what it needs
+        return photo
+    note = f"cropped from {w} x {h} to {wide} x {high} pixels, a size that {word.word} takes"
+    return replace(photo, x=photo.x[..., :high, :wide].contiguous(), notes=(*photo.notes, note))
 
 
 def _read(word: Operator, photo: Photo) -> Any:

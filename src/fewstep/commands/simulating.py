@@ -23,8 +23,9 @@ def run(path: Path, out: Path, operator: str, fields: Mapping[str, Any], sigma: 
     task = prepare(photo, chosen, torch.device("cpu"))
     out.mkdir(parents=True, exist_ok=True)
     save_image(task.shown, out / "measurement.png", grey=photo.grey)
-    save_image(photo.x, out / "truth.png", grey=photo.grey)
+    save_image(task.photo.x, out / "truth.png", grey=photo.grey)
     if isinstance(task.y, torch.Tensor):
         write_bytes(out / "measurement.safetensors", save({"y": task.y.contiguous()}))
     record = {"input": str(path), "operator": task.word.describe(), "sigma": task.sigma, "seed": seed}
+    record["notes"] = list(task.photo.notes)
     write_json(out / "simulation.json", record)

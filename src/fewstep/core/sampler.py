@@ -113,7 +113,7 @@ class Sampler(ABC):
         callback: Callback | None = None,
     ) -> Iterator[Samples]:
         """Draw as `__call__` does, giving each chunk as soon as it is done."""
-        self._check(problem, num_samples)
+        self.check(problem, num_samples)
         batch = problem.likelihood.batch
         seeds = (seed,) * batch if isinstance(seed, int) else tuple(seed)
         if len(seeds) != batch:
@@ -147,7 +147,13 @@ class Sampler(ABC):
         x = x.reshape(len(samples), len(seeds), *x.shape[1:])
         return Samples(x, items.counts, seconds, repr(self), seeds, samples.start)
 
-    def _check(self, problem: Posterior, num_samples: int) -> None:
+    @final
+    def check(self, problem: Posterior, num_samples: int = 1) -> None:
+        """Return where `stream` would start, before any network call.
+
+        Raises:
+            ValueError: bad arguments, or a likelihood without what the method needs; methods that fit are named.
+        """
         if num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, got {num_samples}")
         if self.steps < 1:

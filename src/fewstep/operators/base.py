@@ -35,6 +35,10 @@ class Operator(ABC):
     def build(self, image_shape: Shape, dtype: torch.dtype = torch.float32) -> Any:
         """Return the deepinv operator for images of `image_shape`, (C, H, W), in [0, 1]."""
 
+    def fit(self, image_shape: Shape) -> Shape:
+        """Return the largest shape (C, H, W) within `image_shape` that the operator takes; a simulation crops to it."""
+        return image_shape
+
     def image_shape(self, y: Any) -> Shape:
         """Return the shape (C, H, W) of the image behind a measurement."""
         return int(y.shape[1]), int(y.shape[2]), int(y.shape[3])
@@ -60,7 +64,7 @@ class Operator(ABC):
 
     def simulate(self, x: Tensor, sigma: Tensor | float, seed: int = 0) -> Any:
         """Return a measurement of images x, (B, C, H, W) in [0, 1]; it is not clipped. Item b has its own stream."""
-        physics = self.build(shape_of(x), x.dtype)
+        physics = self._built(shape_of(x), x)
         y = physics.A(x)
         levels = torch.as_tensor(sigma, dtype=y.dtype).reshape(-1, *[1] * (y.ndim - 1))
         if not bool((levels >= 0).all()):
@@ -87,7 +91,12 @@ class Operator(ABC):
             raise ValueError(
                 f"a {self.word} measurement {tuple(y.shape[1:])} is of an image {implied}, not {image_shape}"
             )
-        return self.build(implied, y.dtype)
+        return self._built(implied, y)
+
+    def _built(self, image_shape: Shape, like: Tensor) -> Any:
+        """Return the operator with its tensors where `like` is, and of its precision."""
+        physics = self.build(image_shape, like.dtype)
+        return physics.to(like.device) if isinstance(physics, torch.nn.Module) else physics
 
     def _sigma(self, y: Tensor, sigma: Tensor | float | None) -> Tensor | float:
         if sigma is None:

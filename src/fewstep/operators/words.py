@@ -157,6 +157,11 @@ class SuperResolution(Operator):
         check_kernel(kernel, (h, w))
         return library.Downsampling(img_size=tuple(image_shape), filter=kernel, factor=self.factor, padding="circular")
 
+    def fit(self, image_shape: Shape) -> Shape:
+        """See `Operator`; sides become multiples of the factor."""
+        channels, h, w = image_shape
+        return channels, h - h % self.factor, w - w % self.factor
+
     def image_shape(self, y: Any) -> Shape:
         """See `Operator`."""
         return int(y.shape[1]), int(y.shape[2]) * self.factor, int(y.shape[3]) * self.factor

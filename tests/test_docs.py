@@ -1,0 +1,78 @@
+"""The pages say what the code says."""
+
+import importlib.util
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+import fewstep
+from fewstep.operators.words import get_operator, operators
+from fewstep.testing.law import distance
+from fewstep.testing.oracle import ExactMean
+from fewstep.testing.problems import gaussian_problem
+from fewstep.testing.propagate import finite_step_law
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+@pytest.fixture(scope="module")
+def maker():
+    spec = importlib.util.spec_from_file_location("make_methods", DOCS / "make_methods.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_methods_page_is_up_to_date(maker):
+    page = maker.PAGE.read_text(encoding="utf-8")
+    assert maker.renewed(page) == page, "run python docs/make_methods.py"
+
+
+def test_every_method_is_on_its_page(maker):
+    page = maker.PAGE.read_text(encoding="utf-8")
+    assert set(maker.methods()) <= set(fewstep.available())
+    for name, cls in maker.methods().items():
+        assert f"| [`{name}`](#{name}) |" in page and f"\n### {name}\n" in page
+        assert str(cls.reference) in page and cls.limit.replace("|", "\\|") in page
+        section = page.partition(f"\n### {name}\n")[2].partition("\n### ")[0]
+        assert all(f"| `{f.name}` | `{f.default!r}` |" in section for f in fields(cls))
+        assert all(f"Preset `{preset}`" in section for preset, values in cls.presets.items() if values)
+
+
+def test_all_twelve_are_found(maker):
+    assert len(maker.methods()) == 12
+
+
+def test_a_stale_table_is_noticed(maker):
+    page = maker.PAGE.read_text(encoding="utf-8")
+    stale = page.replace("| `steps` | `100` |", "| `steps` | `99` |")
+    assert stale != page and maker.renewed(stale) == page
+
+
+def test_every_operator_and_option_is_on_its_page():
+    page = (DOCS / "operators.md").read_text(encoding="utf-8")
+    for word in operators():
+        row = re.search(rf"^\| `{word}` \|.*$", page, re.MULTILINE)
+        assert row, f"{word} is missing in operators.md"
+        for field in fields(get_operator(word)):
+            assert f"--{field.name.replace('_', '-')}" in row[0]
+            assert not field.default or str(field.default) in row[0]
+
+
+def test_no_page_has_gaps():
+    for page in DOCS.glob("*.md"):
+        assert not re.search(r"\b(TODO|TBD|FIXME|XXX)\b", page.read_text(encoding="utf-8")), page
+
+
+def test_shares_of_variance_are_those_of_the_oracle():
+    page = (DOCS / "numerics.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) \| ([\d.]+) to ([\d.]+) \| ([\d.]+) to ([\d.]+) \|$", page, re.MULTILINE)
+    exact = gaussian_problem()
+    assert [int(row[0]) for row in rows] == [1, 2, 4, 8, 16, 64]
+    for steps, *shares in rows:
+        for eta, said in ((0.0, shares[:2]), (1.0, shares[2:])):
+            law = finite_step_law(ExactMean(steps=int(steps), eta=eta), exact.problem)
+            found = distance(law, exact.posterior)
+            assert [float(s) for s in said] == pytest.approx([found.low, found.high], abs=6e-4)
