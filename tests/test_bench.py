@@ -194,7 +194,7 @@ def test_our_dps_at_deepinvs_settings_has_its_weights():
     torch.testing.assert_close(1 / (scale[:-1] * scale[1:]), torch.sinh((b[:-1] - b[1:]) / 2))
 
 
-def test_diffpir_at_deepinvs_settings_is_deepinvs_diffpir_up_to_its_last_step():
+def test_diffpir_at_deepinvs_settings_has_its_calls_and_last_level():
     from fewstep.bench.deepinv_samplers import at_rival_settings
     from fewstep.priors.exact import GaussianPrior
 

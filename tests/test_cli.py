@@ -48,7 +48,7 @@ def test_restore(fewstep, tmp_path):
     code, out, _ = fewstep("restore", write_png(tmp_path), *FEW, "--simulate", "--out", tmp_path / "out")
     record = json.loads((tmp_path / "out" / "result.json").read_text())
     assert code == 0 and "2 samples, 3 network calls each" in out and "psnr_mean" in out
-    assert record["num_samples"] == 2 and record["nfe"] == 3 and record["method"]["name"] == "diffpir"
+    assert record["num_samples"] == 2 and record["nfe"] == 3 and record["method"]["name"] == "latino"
 
 
 def test_options_of_operators_and_fields_of_methods(fewstep, tmp_path):

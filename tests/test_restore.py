@@ -46,7 +46,7 @@ def test_outputs(tmp_path):
     assert names(tmp_path) == FILES | samples_of(3)
     record = json.loads((tmp_path / "out" / "result.json").read_text())
     assert record == json.loads(json.dumps(result.record))
-    assert record["method"]["name"] == "diffpir" and record["method"]["steps"] == 4
+    assert record["method"]["name"] == "latino" and record["method"]["steps"] == 4
     assert record["nfe"] == 4 and record["num_samples"] == 3 and not record["interrupted"]
     assert record["sigma"] == 0.1 and record["seed"] == 0 and record["operator"]["name"] == "denoise"
     assert {"fewstep", "torch", "python"} <= set(record["versions"])

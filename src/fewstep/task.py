@@ -22,6 +22,7 @@ from fewstep.options import typed_fields
 
 DEFAULT_METHOD = "latino"
 DEFAULT_PRIOR = "natural"
+PHOTO, PAPER = "photo", "paper"  # a method's settings for photographs, where it has some, go before the paper's
 QUANTISATION = 1 / 255 / math.sqrt(12)  # standard deviation of the rounding to 8 bits
 JPEG = "jpeg"  # the operator of a photograph that is itself a JPEG file
 
@@ -35,7 +36,7 @@ class Settings:
         operator_fields: fields of the operator, as values or as text.
         sigma: noise standard deviation in [0, 1] units; None lets the operator estimate it where it can.
         method: name of the sampler.
-        preset: named settings of the method.
+        preset: named settings of the method; None takes its "photo" where it has one, else its "paper".
         method_fields: fields of the method, as values or as text; they go before the preset.
         samples: how many, K.
         seed: sample k depends on the measurement, the seed and k alone.
@@ -114,7 +115,7 @@ def build_sampler(chosen: Settings) -> Sampler:
     """Return the sampler that the settings name; ValueError with a suggestion where a word is unknown."""
     cls = get(chosen.method)
     values = typed_fields(cls, chosen.method_fields, f"method {chosen.method}")
-    return cls.preset(chosen.preset, **values) if chosen.preset else cls(**values)
+    return cls.preset(chosen.preset or (PHOTO if PHOTO in cls.presets else PAPER), **values)
 
 
 def build_word(name: str, fields: Mapping[str, Any]) -> Operator:

@@ -154,9 +154,10 @@ RIVALS = {
         _dps,
         {"zeta": 1.0, "grid": "uniform"},
         _dps_levels,
-        "deepinv adds the gradient of the norm to the score, so that a step weights it by sinh(B_t - B_s) / 2, "
-        "about beta_t (t - s) / 2; ours adds it to x_s with weight 1 as the paper's code does. At deepinv's settings what is "
-        "left is its clipping of the denoised image to [-1, 1] (of [0, 1] images) and its float64 outside the network.",
+        "deepinv adds the gradient of the norm to the score, so that a step weights it by sinh((B_t - B_s) / 2), B being the "
+        "integral of beta; ours adds it to x_s with weight 1 as the paper's code does. At deepinv's settings ours runs in "
+        "coordinates scaled so that the weights agree, and what is left is its clipping of the denoised image to [-1, 1] (of "
+        "[0, 1] images), its float64 outside the network, and the random numbers.",
     ),
     "ddrm": Rival(
         "ddrm",
@@ -165,7 +166,8 @@ RIVALS = {
         _ddrm_levels,
         "deepinv spaces sigma evenly from 1 (of [0, 1] images) to 0; ours takes the levels of the prior's schedule. At "
         "deepinv's settings what is left: it divides fresh noise by sqrt(2), which is right for the complex coefficients of a "
-        "blur and halves the variance of real ones (inpainting), and it takes singular values below sigma as unmeasured.",
+        "blur and halves the variance of real ones (inpainting); it starts unmeasured directions around black, ours around mid "
+        "grey (inpainting gives the same PSNR without these two); and it takes singular values below sigma as unmeasured.",
     ),
     "diffpir": Rival(
         "diffpir",

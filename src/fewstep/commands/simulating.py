@@ -26,6 +26,6 @@ def run(path: Path, out: Path, operator: str, fields: Mapping[str, Any], sigma: 
     save_image(task.photo.x, out / "truth.png", grey=photo.grey)
     if isinstance(task.y, torch.Tensor):
         write_bytes(out / "measurement.safetensors", save({"y": task.y.contiguous()}))
-    record = {"input": str(path), "operator": task.word.describe(), "sigma": task.sigma, "seed": seed}
-    record["notes"] = list(task.photo.notes)
+    word, notes = task.word.describe(), list(task.photo.notes)
+    record = {"input": str(path), "operator": word, "sigma": task.sigma, "seed": seed, "notes": notes}
     write_json(out / "simulation.json", record)

@@ -55,6 +55,7 @@ class LATINO(Sampler):
     presets: ClassVar = {
         "paper": {},
         "consistent": {"pairing": 2.0, "decoder_steps": 4, "steps": 600, "ratio_min": 0.025},
+        "photo": {"steps": 20, "ratio_min": 0.05},  # chosen on validation photographs with the shipped prior
         "consistent-short": {"pairing": 2.0, "decoder_steps": 3, "steps": 20, "ratio_min": 0.05},
     }
     reference: ClassVar = Reference(
