@@ -6,6 +6,7 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
+from fewstep.commands.listing import meanings
 from fewstep.core.registry import available, get
 from fewstep.core.sampler import Sampler
 
@@ -50,19 +51,6 @@ def section(name: str, cls: type[Sampler]) -> str:
     for preset, values in named.items():
         lines.append(f"Preset `{preset}`: {', '.join(f'`{key} = {value!r}`' for key, value in values.items())}.\n")
     return "\n".join(lines)
-
-
-def meanings(cls: type) -> dict[str, str]:
-    """Return what the docstring of a class says of its fields, under "Args:"."""
-    found: dict[str, str] = {}
-    name = ""
-    for line in (cls.__doc__ or "").partition("Args:")[2].splitlines():
-        head, colon, text = line.strip().partition(": ")
-        if colon and head.isidentifier():
-            name, found[head] = head, text
-        elif line.strip() and name:
-            found[name] += f" {line.strip()}"
-    return found
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:

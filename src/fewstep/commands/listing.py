@@ -61,7 +61,7 @@ def _calls(cls: type[Sampler]) -> str:
 
 
 def _fields(cls: Any) -> Table:
-    table, hints, helps = _table("option", "type", "default", "meaning"), typing.get_type_hints(cls), _helps(cls)
+    table, hints, helps = _table("option", "type", "default", "meaning"), typing.get_type_hints(cls), meanings(cls)
     for field in fields(cls):
         text = str(field.metadata.get("help", "")) or helps.get(field.name, "")
         kind = getattr(hints[field.name], "__name__", str(hints[field.name]))
@@ -69,7 +69,7 @@ def _fields(cls: Any) -> Table:
     return table
 
 
-def _helps(cls: type) -> dict[str, str]:
+def meanings(cls: type) -> dict[str, str]:
     """Return what the docstring of a class says of its fields, under "Args:"."""
     found: dict[str, str] = {}
     name = ""
