@@ -56,10 +56,12 @@ class Task(NamedTuple):
 
 TASKS: dict[str, Task] = {
     "deblur-gaussian": Task(DeblurGaussian(), 0.01),
+    "deblur-gaussian-noisy": Task(DeblurGaussian(), 0.025),
     "deblur-uniform": Task(DeblurUniform(), 0.01),
     "deblur-motion": Task(DeblurMotion(), 0.01),
     "sr2": Task(SuperResolution(factor=2), 0.01),
-    "sr4": Task(SuperResolution(factor=4), 0.025),
+    "sr4": Task(SuperResolution(factor=4), 0.01),
+    "sr4-noisy": Task(SuperResolution(factor=4), 0.025),
     "inpaint-random": Task(InpaintRandom(rate=0.7), 0.025),
     "inpaint-box": Task(InpaintBox(size=64), 0.025),
     "jpeg10": Task(Jpeg(quality=10), None),
