@@ -15,9 +15,9 @@ TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 LAYERS = (
     {"__version__", "compat"},  # constants and workarounds without imports of their own
     {"core"},
-    {"images", "data", "metrics", "store"},  # files and numbers, on core alone
+    {"images", "data", "metrics", "store", "uncertainty"},  # files and numbers, on core alone
     {"priors", "operators", "methods", "solvers", "unfolded"},
-    {"objectives", "testing", "options"},
+    {"objectives", "testing", "options", "measurements", "calibrated", "deepinv_model"},
     {"densities", "checkpoints", "training", "recipes", "report", "outputs", "task", "restore"},
     {"bench", "commands"},
     {"cli", "app"},

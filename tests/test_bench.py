@@ -1,13 +1,14 @@
 """Every benchmark runs at a tiny size, writes what it says, and what it says is right where that is known."""
 
 import json
+import time
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from fewstep.bench import common, denoise, gaussian, mixture, speed, table
+from fewstep.bench import common, denoise, gaussian, mixture, speed, startup, table
 from fewstep.bench.memory import PeakMemory
 from fewstep.bench.priors import random_prior
 from fewstep.core.registry import get
@@ -216,6 +217,17 @@ def test_speed_benchmark(folder, prior, tmp_path):
     assert {r["method"] for r in versus} == {"dps", "ddrm", "diffpir"} and not any("remark" in r for r in versus)
     assert all(r["calls"] == r["deepinv calls"] == 3 for r in versus)
     assert all(r["ratio"] > 0 and r["PSNR"] > 0 and r[speed.EQUAL] > 0 for r in versus)
+
+
+def test_importing_costs_little(tmp_path):
+    rows = startup.main(tmp_path / "s.json", repeats=1).tables["Start"]
+    assert [r["command"] for r in rows] == ["import fewstep", "fewstep --help"]
+    assert all(0 < r["seconds"] and r["over"] < r["seconds"] for r in rows)
+
+
+def test_processor_seconds_leave_other_work_out():
+    ours, theirs = speed.alternate(lambda: time.sleep(0.2), lambda: sum(range(10**6)), 1)
+    assert ours[0] < 0.1 and 0 < theirs[0]
 
 
 def test_alternate_swaps_the_order():

@@ -1,17 +1,22 @@
 """Every method in the folder: the contract, the published table of its finite-step laws, and what it converges to."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
 
 import fewstep
+from fewstep.core.flow import flow_calls, probability_flow
+from fewstep.core.grid import spaced
 from fewstep.core.likelihood import FlatLikelihood, GaussianLikelihood
 from fewstep.core.problem import Posterior
 from fewstep.core.sampler import State
+from fewstep.core.schedule import Tabulated
+from fewstep.methods.latino import LATINO
 from fewstep.methods.mmps import MMPS
 from fewstep.operators.matrix import MatrixOperator
-from fewstep.testing.law import distance
+from fewstep.testing.law import ScriptedNoise, distance
 from fewstep.testing.problems import bimodal_problem, gaussian_problem, scalar_problem
 from fewstep.testing.propagate import finite_step_law
 from fewstep.testing.sampler import (
@@ -137,10 +142,11 @@ REFERENCE = {
     "dds": ({"steps": 1000}, [(0.06, 0.01), (-0.82, 1.35), (0, 0.76), (0.28, 0.01), (0.84, 0)]),
     "ddrm": ({"steps": 1000}, [(0.01, 0.29), (0.37, 0.08), (0, 0.76), (0.03, 0.29), (0.39, 0.16)]),
     "daps": (
-        {"steps": 200, "inner": "draw", "ode_steps": 5},
+        {"steps": 200, "inner": "draw", "ode_order": 2},
         [(0.03, 1.0), (0.24, 1.11), (0, 2.12), (0.16, 1.02), (0.36, 1.35)],
     ),
 }
+MATCHED_LATINO = [(0, 0.06), (0, 0.73), (0, 1), (0, 0.13), (0, 0.7)]  # eight published times, probability-flow decoder
 
 
 @pytest.mark.parametrize("key", REFERENCE)
@@ -207,7 +213,15 @@ def test_a_noiseless_measurement_is_met(name):
 MIXING = {
     "daps": {"inner": "exact", "steps": 20},
     "pnp_dm": {"steps": 1000, "rho_max": 2.0, "rho_min": 0.12, "decay": 0.997, "inner_steps": 12},
-    "latino": {"pairing": 2.0, "steps": 3000, "decoder_steps": 3, "ratio_min": 0.07, "stay": 1000},
+    "latino": {
+        "ladder": "ratios",
+        "bound": 0.0,
+        "pairing": 2.0,
+        "steps": 3000,
+        "decoder_steps": 3,
+        "ratio_min": 0.07,
+        "stay": 1000,
+    },
 }
 
 
@@ -285,7 +299,8 @@ def test_latino_stationary_law_of_a_scalar_gaussian():
     # x' = prox(m + rho (x - m) + sqrt(1 - rho^2) s z) has variance k^2 (1 - rho^2) s^2 / (1 - k^2 rho^2)
     exact = scalar_problem(1.0, 1.0, 0.5)
     ratio = 0.4
-    sampler = fewstep.get("latino")(steps=200, pairing=2.0, decoder_steps=40, ratio_min=ratio, stay=190)
+    fields = {"ladder": "ratios", "bound": 0.0, "pairing": 2.0, "decoder_steps": 40, "ratio_min": ratio}
+    sampler = fewstep.get("latino")(steps=200, stay=190, **fields)
     law = finite_step_law(sampler, exact.problem)
     rho = 1 / (1 + ratio**2) ** 0.5
     k = 1 / (1 + ratio**2 / 2 / 0.25)
@@ -294,10 +309,65 @@ def test_latino_stationary_law_of_a_scalar_gaussian():
     assert float(law.mean) == pytest.approx(mean, abs=2e-3)
 
 
+def test_latino_walks_the_published_times_with_the_published_prox_step():
+    table = Tabulated.linear()
+    abar = torch.tensor(table.alphas_cumprod).double()[[999, 874, 749, 624, 499, 374, 249, 124]]
+    prior = fewstep.GaussianPrior(torch.zeros(1).double(), torch.tensor(1.0).double(), table)
+    sampler = fewstep.get("latino").preset("paper")
+    ratios = sampler.ratios(Posterior(prior, FlatLikelihood((1,), dtype=torch.float64)))
+    torch.testing.assert_close(ratios, ((1 - abar) / abar).sqrt())
+    torch.testing.assert_close(sampler.prox_step(ratios).square(), 1 - abar)
+    assert sampler.nfe == 8
+
+
+@dataclasses.dataclass(frozen=True)
+class MatchedLATINO(LATINO):
+    """The prox step under which the mean is exact for a prior of variance v. variance: v."""
+
+    variance: float = 1.0
+
+    def prox_step(self, ratio):
+        shrink = (1 + ratio**2 / self.variance) ** -0.5  # of the decoder
+        return (self.variance * (1 - shrink)).sqrt()
+
+
+def test_latino_on_the_published_times_agrees_with_independent_calculation():
+    for mode, (mean, ratio) in zip(MODES, MATCHED_LATINO, strict=True):
+        exact = scalar_problem(*mode)
+        law = finite_step_law(MatchedLATINO(decoder_steps=20, variance=mode[0]), exact.problem)
+        sd = exact.posterior.cov[0, 0].sqrt()
+        assert float((law.mean - exact.posterior.mean[0]) / sd) == pytest.approx(mean, abs=0.01), mode
+        assert float(law.cov[0, 0] / sd**2) == pytest.approx(ratio, abs=0.02), mode
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_the_probability_flow_has_its_order_and_its_calls(order):
+    # z -> m + (z - m) sqrt(v / (v + r^2)) for a Gaussian prior; the last step starts where its own error is negligible
+    problem, start = scalar_problem(0.5).problem, torch.tensor(2.0).double()
+    want = 0.3 + (1.7 - 0.3) * (0.5 / (0.5 + 4)) ** 0.5
+    errors = []
+    for steps in (32, 64):
+        counted = problem.expand(1)
+        z = probability_flow(counted, torch.tensor([[1.7]]).double(), spaced(start, start * 1e-5, steps), order)
+        assert counted.counts.network == flow_calls(steps, order)
+        errors.append(abs(float(z) - want))
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.15)
+
+
+def test_daps_as_published_takes_five_euler_steps_and_shrinks_its_inner_step():
+    sampler = fewstep.get("daps").preset("paper")
+    assert sampler.nfe == 200 * 5
+    quick = fewstep.get("daps")(steps=4, langevin_steps=1, ratio_max=1.0)
+    problem, z = scalar_problem(1.0, 1.0, 0.5).problem.expand(2), torch.full((2, 1), 0.4).double()
+    for k in range(3):
+        x0 = quick.step(problem, State(z), k, ScriptedNoise(torch.tensor([[0.0, 0.0], [1.0, 0.0]]).double())).x
+        assert float((x0[1] - x0[0]) ** 2) == pytest.approx(2 * 1e-4 * (1 - 0.99 * k / 4))
+
+
 def test_daps_langevin_chain_reaches_the_exact_inner_draw():
     exact = scalar_problem(1.0, 1.0, 0.5)
     fields = {"steps": 8, "ratio_max": 1.0, "ratio_min": 0.2, "tau": 0.0}
-    chain = fewstep.get("daps")(inner="langevin", langevin_steps=4000, lr=0.02, **fields)
+    chain = fewstep.get("daps")(inner="langevin", langevin_steps=1000, lr=0.004, **fields)
     draw = fewstep.get("daps")(inner="draw", **fields)
     left, right = finite_step_law(chain, exact.problem), finite_step_law(draw, exact.problem)
     assert float(left.cov) == pytest.approx(float(right.cov), rel=0.02)

@@ -33,10 +33,13 @@ _HOME = {
     "Tabulated": "core.schedule",
     "VarianceExploding": "core.schedule",
     "VariancePreserving": "core.schedule",
+    "as_deepinv": "deepinv_model",
     "available": "core.registry",
     "get": "core.registry",
     "image_likelihood": "operators.image",
     "load_prior": "priors.loaders",
+    "load_sampler": "unfolded.loaders",
+    "save_sampler": "unfolded.loaders",
 }
 __all__ = sorted([*_HOME, "__version__"])
 

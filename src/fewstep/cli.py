@@ -140,6 +140,24 @@ def doctor() -> None:
 
 
 @app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="A recipe: a .yaml file, or the name of a shipped one.")],
+    data: Annotated[Path, typer.Argument(help="Folder of photographs.")],
+    out: Annotated[Path, typer.Option(help="Folder for checkpoints and what is trained.")],
+    steps: Annotated[int | None, typer.Option(help="Steps, instead of those of the recipe.")] = None,
+    resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in --out.")] = True,
+) -> None:
+    """Train a prior or a sampler by a recipe; started again with the same --out, it goes on where it stopped.
+
+    Interrupted, it writes a checkpoint first and exits with code 130. Runs on several processes or machines under
+    `accelerate launch -m fewstep.cli train ...`.
+    """
+    from fewstep import recipes
+
+    recipes.train(recipe, data, out, steps, resume)
+
+
+@app.command()
 def train_prior(
     data: Annotated[Path, typer.Argument(help="Folder of photographs.")],
     out: Annotated[Path, typer.Option(help="Folder for checkpoints and the prior.")],
@@ -147,13 +165,34 @@ def train_prior(
     steps: Annotated[int | None, typer.Option(help="Steps, instead of those of the recipe.")] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in --out.")] = True,
 ) -> None:
-    """Train a prior by a recipe; started again with the same --out, it goes on where it stopped.
+    """Train a prior: short for `fewstep train natural`."""
+    from fewstep.recipes import train_prior as run
 
-    Interrupted, it writes a checkpoint first and exits with code 130.
-    """
-    from fewstep.recipes import train_prior as train
+    run(recipe, data, out, steps, resume)
 
-    train(recipe, data, out, steps, resume)
+
+@app.command()
+def calibrate(  # noqa: PLR0913, PLR0917 - one parameter is one option
+    network: Annotated[str, typer.Argument(help="A trained sampler: name or folder.")],
+    photos: Annotated[Path, typer.Argument(metavar="FOLDER", help="Photographs that it was not trained on.")],
+    level: Annotated[list[float] | None, typer.Option(help="Probability of the intervals, .9; repeatable.")] = None,
+    samples: Annotated[list[int] | None, typer.Option(help="Samples per photograph, 16; repeatable.")] = None,
+    limit: Annotated[int | None, typer.Option(help="The last photographs in sorted order, so many of them.")] = None,
+    crop: Annotated[int, typer.Option(help="Side of the square in the middle of each, pixels.")] = 128,
+    recipe: Annotated[str, typer.Option(help="Whose operators to calibrate for.")] = "natural-general",
+    assign: Annotated[list[str] | None, typer.Option("--set", help="field=value of ud2m; repeatable.")] = None,
+    seed: Annotated[int, typer.Option(help="Of measurements and samples.")] = 0,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; a GPU where there is one.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of calibration.json; beside the weights if absent.")] = None,
+) -> None:
+    """Calibrate the intervals of a trained sampler, per family of operators; `restore` uses what lies beside the weights."""
+    from fewstep.calibrated import Plan
+    from fewstep.commands.calibrating import run
+    from fewstep.options import assignments
+
+    plan = Plan(tuple(level or [0.9]), tuple(samples or [16]), crop, seed=seed)
+    fields = assignments(assign or [])
+    run(network, photos, plan, console, fields=fields, recipe=recipe, limit=limit, device=device, out=out)
 
 
 def _bench(name: str, text: str) -> None:
@@ -173,6 +212,7 @@ _bench("mixture", "Distance to the exact posterior of mixture problems.")
 _bench("denoise", "PSNR of a prior as a denoiser.")
 _bench("images", "PSNR, SSIM, LPIPS and coverage on photographs.")
 _bench("speed", "Cost of the loop, and deepinv beside it.")
+_bench("startup", "What importing costs, and how soon the command line answers.")
 
 
 @bench.command()

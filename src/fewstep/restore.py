@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.calibrated import Asked, Verdict, judge
 from fewstep.core.denoiser import Denoiser
 from fewstep.core.files import write_bytes
 from fewstep.core.likelihood import Likelihood
@@ -185,8 +186,10 @@ class _Run:
                 self._draw(store)
             except KeyboardInterrupt:
                 interrupted = True
-            summary = store.summary(self.output, self.chosen.level) if store.count else None
-        record = self._record(store, summary, interrupted)
+            verdict = self._verdict(store.count)
+            calibration = verdict.calibration if verdict else None
+            summary = store.summary(self.output, self.chosen.level, calibration) if store.count else None
+        record = self._record(store, summary, interrupted, verdict)
         self._write_report(record, summary)
         write_json(self.folder / RESULT, record)
         return Result(self.folder, record, summary)
@@ -195,6 +198,14 @@ class _Run:
         """Return samples, (..., 3, H, W), as what is delivered: in [0, 1], and grey where the photograph is."""
         x = to_unit(x).clamp(0, 1)
         return luma(x).expand_as(x) if self.task.photo.grey else x
+
+    def _verdict(self, count: int) -> Verdict | None:
+        """Return what is known of the intervals of `count` samples; None where the method is no trained sampler."""
+        task = self.task
+        verdict = judge(self.sampler, Asked(task.word.seen(task.y), task.sigma, count, self.chosen.level))
+        if verdict is None or not task.photo.grey:
+            return verdict
+        return Verdict(None, (*verdict.outside, "grey"), "not calibrated: the photographs of calibration are in colour")
 
     def _draw(self, store: SampleStore) -> None:
         for part in self.sampler.stream(
@@ -217,7 +228,9 @@ class _Run:
             calls = round(done / total * self.sampler.nfe * self.chosen.samples)
             self.progress(self.task.photo.path.name, done, total, calls)
 
-    def _record(self, store: SampleStore, summary: Summary | None, interrupted: bool) -> dict[str, Any]:
+    def _record(
+        self, store: SampleStore, summary: Summary | None, interrupted: bool, verdict: Verdict | None
+    ) -> dict[str, Any]:
         task, chosen = self.task, self.chosen
         maps = write_summary(self.folder, summary, task.photo.grey) if summary else {}
         return {
@@ -237,6 +250,7 @@ class _Run:
             "seconds": round(time.perf_counter() - self.begin, 3),
             "device": device_name(task.likelihood.device),
             "level": chosen.level,
+            **(_promise(verdict) if verdict else {}),
             "white": maps,
             "notes": list(task.notes),
             "versions": versions(),
@@ -280,11 +294,23 @@ def _warnings(record: dict[str, Any], sampler: Sampler) -> list[str]:
         lines.append(f"The run was interrupted; this is what {record['num_samples']} finished samples say.")
     if sampler.exact == "mode":
         lines.append("This method gives a point estimate: the spread of its samples is no uncertainty.")
+    elif record.get("calibrated") and not record["outside_card"]:
+        lines.append(f"Intervals: {record['intervals']}.")
     elif sampler.exact == "biased":
+        lines += [f"Intervals: {record['intervals']}."] if "intervals" in record else []
         lines.append(
             "This method does not sample the exact posterior: read the intervals as its own, not as guaranteed."
         )
     return lines
+
+
+def _promise(verdict: Verdict) -> dict[str, Any]:
+    """Return what `result.json` says of the intervals of a trained sampler."""
+    return {
+        "intervals": verdict.text,
+        "calibrated": verdict.calibration is not None,
+        "outside_card": list(verdict.outside),
+    }
 
 
 def _windowed(prior: Denoiser, window: int) -> Denoiser:

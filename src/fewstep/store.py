@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fewstep.core.likelihood import Counts
 from fewstep.core.samples import Samples
+from fewstep.uncertainty.calibration import Calibration
 
 _HEADER = 4096  # bytes kept free for the header, which is known only at the end
 _STRIP = 1 << 20  # numbers per sample read at once
@@ -83,19 +84,29 @@ class SampleStore:
         self.counts, self.method, self.seeds = part.counts, part.method, part.seeds
         self.seconds += part.seconds
 
-    def summary(self, to_output: Callable[[Tensor], Tensor], level: float = 0.9) -> Summary:
-        """Return the statistics of `to_output` of the samples written so far; `level` is that of the interval."""
+    def summary(
+        self, to_output: Callable[[Tensor], Tensor], level: float = 0.9, calibration: Calibration | None = None
+    ) -> Summary:
+        """Return the statistics of `to_output` of the samples written so far.
+
+        Args:
+            to_output: increasing in each coordinate, (..., C, H, W) -> the same.
+            level: of the interval.
+            calibration: of the interval of the samples themselves, whose ends are then mapped.
+        """
         mean, several = torch.empty(self.shape), self.count > 1
         std, lower, upper = (torch.empty(self.shape) if several else None for _ in range(3))
         self._file.flush()
         rows = max(1, _STRIP // (self.shape[-1] * self.shape[1]))
         for first in range(0, self.shape[-2], rows):
             strip = slice(first, min(first + rows, self.shape[-2]))
-            samples = Samples(to_output(self._read(strip)), self.counts, 0.0, self.method, self.seeds)
+            drawn = Samples(self._read(strip), self.counts, 0.0, self.method, self.seeds)
+            samples = replace(drawn, x=to_output(drawn.x))
             mean[..., strip, :] = samples.mean
             if std is not None and lower is not None and upper is not None:
                 std[..., strip, :] = samples.std
-                lower[..., strip, :], upper[..., strip, :] = samples.interval(level)
+                ends = samples.interval(level) if calibration is None else map(to_output, calibration.apply(drawn))
+                lower[..., strip, :], upper[..., strip, :] = ends
         return Summary(mean, std, lower, upper)
 
     def _read(self, rows: slice) -> Tensor:

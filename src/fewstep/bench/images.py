@@ -1,71 +1,50 @@
 """`fewstep bench images`: tasks x methods on a folder of photographs.
 
-Every finished (image, task, method) is a line of a JSONL file beside the report, so a run that was interrupted goes on where it
-stopped; a line counts only if nothing that could change it has changed.
+Every finished (image, task, method) is a line of a JSONL file beside the report, and its first sample an image in a folder beside
+that, so a run that was interrupted goes on where it stopped; a line counts only if nothing that could change it has changed.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from rich.progress import track
 from torch import Tensor
 
 from fewstep.bench.common import FAILURES, Report, Variant, describe, failed, variants
+from fewstep.bench.log import Log
 from fewstep.bench.memory import PeakMemory
 from fewstep.bench.priors import resolve_prior
+from fewstep.bench.sets import COLUMNS, HALVES, SetDistances
 from fewstep.bench.speed import centre_crop
+from fewstep.bench.tasks import Task, named_tasks, with_sigma
+from fewstep.calibrated import Asked, Verdict, judge
 from fewstep.core.denoiser import Denoiser
+from fewstep.core.files import read_header
 from fewstep.core.noise import mix
 from fewstep.core.problem import Posterior
 from fewstep.core.samples import Samples
 from fewstep.images import list_photos, load_image
-from fewstep.metrics import coverage, lpips, psnr, ssim
+from fewstep.metrics import coverage, lpips, mobilenet, psnr, ssim
 from fewstep.operators.image import to_unit
-from fewstep.operators.words import (
-    DeblurGaussian,
-    DeblurMotion,
-    DeblurUniform,
-    InpaintBox,
-    InpaintRandom,
-    Jpeg,
-    Operator,
-    SuperResolution,
-)
+from fewstep.unfolded.sampler import UnfoldedSampler
 
 BASELINE = "measurement"
-QUALITY = ("PSNR mean", "PSNR sample", "SSIM mean", "LPIPS mean", "LPIPS sample", "coverage")
+CALIBRATED = "coverage calibrated"
+QUALITY = (
+    *("PSNR mean", "PSNR sample", "SSIM mean", "LPIPS mean", "LPIPS sample", "VGG mean", "VGG sample"),
+    *("coverage", CALIBRATED),
+)
 COUNTS = ("nfe", "vjps", "operator calls")
 MEASURES = (*QUALITY, *COUNTS, "seconds", "memory MiB")
-
-
-class Task(NamedTuple):
-    """An operator and the noise level of its measurements, in [0, 1] units; None where the operator adds none."""
-
-    operator: Operator
-    sigma: float | None
-
-
-TASKS: dict[str, Task] = {
-    "deblur-gaussian": Task(DeblurGaussian(), 0.01),
-    "deblur-gaussian-noisy": Task(DeblurGaussian(), 0.025),
-    "deblur-uniform": Task(DeblurUniform(), 0.01),
-    "deblur-motion": Task(DeblurMotion(), 0.01),
-    "sr2": Task(SuperResolution(factor=2), 0.01),
-    "sr4": Task(SuperResolution(factor=4), 0.01),
-    "sr4-noisy": Task(SuperResolution(factor=4), 0.025),
-    "inpaint-random": Task(InpaintRandom(rate=0.7), 0.025),
-    "inpaint-box": Task(InpaintBox(size=64), 0.025),
-    "jpeg10": Task(Jpeg(quality=10), None),
-}
+OPTIONAL = {"VGG mean", "VGG sample", CALIBRATED, *COLUMNS}  # columns that are left out where no row has them
 
 
 @dataclass(frozen=True)
@@ -79,6 +58,7 @@ class Setup:
         seed: of measurements and samples.
         chunk: the most samples that go through the network at once.
         lpips_weights: see `metrics.lpips`.
+        crop: edge of the centre crops; operators that do not take it get the largest square below.
     """
 
     prior: Denoiser
@@ -87,11 +67,21 @@ class Setup:
     seed: int = 0
     chunk: int | None = None
     lpips_weights: str | Path | None = None
+    crop: int = 256
 
     @property
     def nominal(self) -> float:
         """The coverage that right samples would have: `level`, or (K - 1) / (K + 1) where K is too small for it."""
         return min(self.level, max(self.samples - 1, 0) / (self.samples + 1))
+
+    def truth(self, path: Path, task: Task) -> Tensor:
+        """Return the clean image that a task measures, (1, 3, H, W) in [0, 1]."""
+        _, h, w = task.operator.fit((3, self.crop, self.crop))
+        return centre_crop(load_image(path), self.crop)[..., :h, :w].contiguous()
+
+    def asked(self, task: Task) -> Asked:
+        """Return the intervals that the table is about."""
+        return Asked(task.operator, task.sigma, self.samples, self.level)
 
 
 def main(  # noqa: PLR0913 - one parameter is one option
@@ -109,6 +99,8 @@ def main(  # noqa: PLR0913 - one parameter is one option
     lpips_weights: str | Path | None = None,
     steps: Sequence[int] | None = None,
     chunk: int | None = None,
+    features: str | Path | None = None,
+    kernels: str | Path | None = None,
 ) -> Report:
     """Run all methods on all tasks and images, print the tables, write the JSON report to `out` where given, and return it.
 
@@ -116,7 +108,7 @@ def main(  # noqa: PLR0913 - one parameter is one option
         folder: of photographs.
         out: path of the JSON file; finished rows go to the .jsonl beside it at once.
         methods: "name" for its first preset or "name:preset"; all methods where absent.
-        tasks: of `TASKS`, all where absent.
+        tasks: names for `named_tasks`, those of the main table where absent.
         sigma: noise level in [0, 1] units in place of that of each task.
         limit: the most images.
         crop: edge of the centre crops.
@@ -124,17 +116,21 @@ def main(  # noqa: PLR0913 - one parameter is one option
         seed: of measurements and samples.
         prior: a name or path for `load_prior`, "random", or a denoiser.
         lpips_weights: file or folder of LPIPS weights.
-        steps: NFE budgets; methods as published where absent.
+        steps: NFE budgets; methods as published where absent. A trained network of K calls per outer step uses the largest
+            multiple of K that fits, and has no row at budgets below K.
         chunk: the most samples that go through the network at once.
+        features: mobilenet_v2.safetensors, see `metrics.mobilenet`: adds distances between the sets of samples and of truths.
+        kernels: see `named_tasks`.
     """
-    chosen = {name: with_sigma(task_called(name), sigma) for name in (tasks or TASKS)}
-    setup = Setup(resolve_prior(prior), samples, seed=seed, chunk=chunk, lpips_weights=lpips_weights)
+    chosen = {name: with_sigma(task, sigma) for name, task in named_tasks(tasks, kernels).items()}
+    setup = Setup(resolve_prior(prior), samples, seed=seed, chunk=chunk, lpips_weights=lpips_weights, crop=crop)
     entries = list(variants(methods, steps, every_preset=False))
+    sets = None if features is None else SetDistances(mobilenet(features))
     paths = list_photos(folder)[:limit]
-    log = Log(None if out is None else Path(out).with_suffix(".jsonl"), fingerprint(setup, crop))
+    log = Log(None if out is None else Path(out).with_suffix(".jsonl"), fingerprint(setup))
     for path, index in track([(p, i) for i, p in enumerate(paths)], "images", transient=True):
-        run_image(path, index, chosen, entries, setup, crop, log)
-    tables = {_title(name, task): summary(task, entries, paths, log) for name, task in chosen.items()}
+        run_image(path, index, chosen, entries, setup, log)
+    tables = {task.title(name): Table(task, setup, paths, log, sets).rows(entries) for name, task in chosen.items()}
     given = {
         **{
             "folder": folder,
@@ -146,75 +142,73 @@ def main(  # noqa: PLR0913 - one parameter is one option
         },
         **{"samples": samples, "seed": seed, "prior": str(prior)[:200], "level": setup.level},
     }
-    return Report("images", given, tables, notes(setup)).finish(out)
+    return Report("images", given, tables, (*notes(setup), *(sets.notes() if sets else ()))).finish(out)
 
 
 def notes(setup: Setup) -> tuple[str, ...]:
     """Return how to read the numbers."""
     return (
-        f"PSNR (dB), SSIM and LPIPS (AlexNet, lower is better) of the mean of {setup.samples} samples and of the first sample, "
-        "averaged over the images.",
+        f"PSNR (dB), SSIM and LPIPS (AlexNet; VGG is LPIPS with VGG-16; lower is better) of the mean of {setup.samples} samples and "
+        "of the first sample, averaged over the images.",
         f"coverage of the central {setup.level:.0%} intervals per pixel and channel; with K = {setup.samples} samples right "
-        f"intervals would hold {setup.nominal:.2f}.",
+        f"intervals would hold {setup.nominal:.2f}. '{CALIBRATED}' is that of the intervals as stretched by the calibration that "
+        "lies beside a trained sampler, which aims at the level itself.",
         "seconds are for all samples of one measurement, nfe, vjps and operator calls for one sample.",
         PeakMemory.note(),
         f"'{BASELINE}' is the image to beat: y itself, interpolated, or decoded.",
     )
 
 
-def task_called(name: str) -> Task:
-    """Return the task; ValueError where there is none of that name."""
-    if name not in TASKS:
-        raise ValueError(f"unknown task {name!r}; choose one of {', '.join(TASKS)}")
-    return TASKS[name]
-
-
-def with_sigma(task: Task, sigma: float | None) -> Task:
-    """Return the task with another noise level, where one is given and the task has noise."""
-    return task if sigma is None or task.sigma is None else Task(task.operator, sigma)
-
-
 def run_image(
-    path: Path, index: int, tasks: Mapping[str, Task], entries: Sequence[Variant], setup: Setup, crop: int, log: Log
+    path: Path, index: int, tasks: Mapping[str, Task], entries: Sequence[Variant], setup: Setup, log: Log
 ) -> None:
     """Run whatever is not yet in the log on one image."""
-    truth = None
     for name, task in tasks.items():
-        base, left = row_key(path, task, None), [entry for entry in entries if not log.has(row_key(path, task, entry))]
+        base, keys = row_key(path, task, None, setup), [row_key(path, task, entry, setup) for entry in entries]
+        left = [(entry, key) for entry, key in zip(entries, keys, strict=True) if not log.has(key)]
         if not left and log.has(base):
             continue
-        truth = centre_crop(load_image(path), crop) if truth is None else truth
+        truth = setup.truth(path, task)
         y = task.operator.simulate(truth, task.sigma or 0.0, seed=mix(setup.seed, index))
         where = {"image": path.name, "task": name}
         if not log.has(base):
-            log.add(base, where | {"method": BASELINE} | baseline_row(task, y, truth, setup))
-        for entry in left:
-            row = method_row(entry, task, y, truth, setup, mix(setup.seed, index, 1))
-            log.add(row_key(path, task, entry), where | describe(entry) | row)
+            row, image = baseline_row(task, y, truth, setup)
+            log.add(base, where | {"method": BASELINE} | row, image)
+        for entry, key in left:
+            found, first = method_row(entry, task, y, truth, setup, mix(setup.seed, index, 1))
+            log.add(key, where | describe(entry) | found, first)
 
 
-def row_key(path: Path, task: Task, entry: Variant | None) -> str:
-    """Return the name of a row in the log; of the baseline where there is no entry."""
-    return f"{path.name}|{task}|{BASELINE if entry is None else repr(entry.sampler)}"
+def row_key(path: Path, task: Task, entry: Variant | None, setup: Setup) -> str:
+    """Return the name of a row in the log, of the baseline where there is no entry; of trained weights it says which."""
+    sampler = None if entry is None else entry.sampler
+    key = f"{path.name}|{task}|{BASELINE if sampler is None else repr(sampler)}"
+    if not isinstance(sampler, UnfoldedSampler) or sampler.folder is None:
+        return key
+    verdict = judge(sampler, setup.asked(task))
+    return f"{key}|{read_header(sampler.folder).get('sha256')}|{verdict and verdict.calibration}"
 
 
-def baseline_row(task: Task, y: Any, truth: Tensor, setup: Setup) -> dict[str, Any]:
-    """Return the measures of the image to beat."""
+def baseline_row(task: Task, y: Any, truth: Tensor, setup: Setup) -> tuple[dict[str, Any], Tensor]:
+    """Return the measures of the image to beat, and the image."""
     x = task.operator.baseline(y, tuple(truth.shape[1:])).clamp(0, 1)  # type: ignore[arg-type]
-    return {"PSNR mean": psnr(x, truth), **_perceptual(x, truth, "mean", setup)}
+    return {"PSNR mean": psnr(x, truth), **_perceptual(x, truth, "mean", setup)}, x
 
 
-def method_row(entry: Variant, task: Task, y: Any, truth: Tensor, setup: Setup, seed: int) -> dict[str, Any]:
-    """Return the measures of one method on one measurement, or why there are none."""
+def method_row(
+    entry: Variant, task: Task, y: Any, truth: Tensor, setup: Setup, seed: int
+) -> tuple[dict[str, Any], Tensor | None]:
+    """Return the measures of one method on one measurement and its first sample in [0, 1], or why there are none."""
     try:
         likelihood = task.operator.likelihood(y, tuple(truth.shape[1:]), task.sigma)  # type: ignore[arg-type]
         if missing := entry.sampler.needs - likelihood.provides:
-            return {"remark": f"not applicable: needs {', '.join(sorted(missing))}"}
+            return {"remark": f"not applicable: needs {', '.join(sorted(missing))}"}, None
         with PeakMemory() as memory:
             samples = entry.sampler(Posterior(setup.prior, likelihood), setup.samples, seed=seed, chunk=setup.chunk)
     except FAILURES as error:
-        return {"remark": f"failed: {failed(error)}"}
-    return measures(samples, truth, setup) | {"memory MiB": memory.mebibytes}
+        return {"remark": f"failed: {failed(error)}"}, None
+    row = measures(samples, truth, setup) | calibrated(judge(entry.sampler, setup.asked(task)), samples, truth)
+    return row | {"memory MiB": memory.mebibytes}, to_unit(samples.x[0]).clamp(0, 1)
 
 
 def measures(samples: Samples, truth: Tensor, setup: Setup) -> dict[str, Any]:
@@ -222,7 +216,7 @@ def measures(samples: Samples, truth: Tensor, setup: Setup) -> dict[str, Any]:
     mean, first = (to_unit(x).clamp(0, 1) for x in (samples.mean, samples.x[0]))
     row: dict[str, Any] = {"PSNR mean": psnr(mean, truth), "PSNR sample": psnr(first, truth)}
     row |= _perceptual(mean, truth, "mean", setup)
-    row["LPIPS sample"] = lpips(first, truth, weights=setup.lpips_weights)[0]
+    row |= {f"{name} sample": value for name, (value, _) in _lpips(first, truth, setup).items()}
     if samples.num_samples > 1:
         lower, upper = (to_unit(x) for x in samples.interval(setup.level))
         row["coverage"] = coverage((lower, upper), truth)
@@ -231,84 +225,100 @@ def measures(samples: Samples, truth: Tensor, setup: Setup) -> dict[str, Any]:
     return row | cost
 
 
+def calibrated(verdict: Verdict | None, samples: Samples, truth: Tensor) -> dict[str, Any]:
+    """Return the coverage of calibrated intervals, and what is known of them; nothing for what is no trained sampler."""
+    if verdict is None:
+        return {}
+    row: dict[str, Any] = {"verdict": verdict.text}
+    if verdict.calibration is not None:
+        lower, upper = (to_unit(x) for x in verdict.calibration.apply(samples))
+        row[CALIBRATED] = coverage((lower, upper), truth)
+    return row
+
+
 def _perceptual(x: Tensor, truth: Tensor, name: str, setup: Setup) -> dict[str, Any]:
-    (similarity, why), (distance, why_not) = ssim(x, truth), lpips(x, truth, weights=setup.lpips_weights)
-    reasons = {"missing": "; ".join(r for r in (why, why_not) if r)}
-    return {f"SSIM {name}": similarity, f"LPIPS {name}": distance} | ({} if not reasons["missing"] else reasons)
+    found = {"SSIM": ssim(x, truth), **_lpips(x, truth, setup)}
+    reasons = "; ".join(dict.fromkeys(why for _, why in found.values() if why))
+    return {f"{k} {name}": value for k, (value, _) in found.items()} | ({"missing": reasons} if reasons else {})
 
 
-def summary(task: Task, entries: Sequence[Variant], paths: Sequence[Path], log: Log) -> list[dict[str, Any]]:
-    """Return one row per method with the means over the images of one task."""
-    rows = []
-    for entry in [None, *entries]:
-        name = {"method": BASELINE, "preset": "", "steps": None} if entry is None else describe(entry)
-        rows.append(name | _average([log.row(row_key(path, task, entry)) for path in paths]))
-    return rows
+def _lpips(x: Tensor, truth: Tensor, setup: Setup) -> dict[str, tuple[float | None, str | None]]:
+    """Return LPIPS by both networks; what was asked for must be there for AlexNet, and may be missing for VGG."""
+    found = {"LPIPS": lpips(x, truth, weights=setup.lpips_weights)}
+    try:
+        return found | {"VGG": lpips(x, truth, net="vgg", weights=setup.lpips_weights)}
+    except ValueError as reason:
+        return found | {"VGG": (None, str(reason))}
+
+
+@dataclass(frozen=True)
+class Table:
+    """The table of one task.
+
+    Attributes:
+        task: the task.
+        setup: what all rows have in common.
+        paths: of the images.
+        log: where their rows are.
+        sets: distances between sets of images; None for none.
+    """
+
+    task: Task
+    setup: Setup
+    paths: Sequence[Path]
+    log: Log
+    sets: SetDistances | None = None
+
+    def rows(self, entries: Sequence[Variant]) -> list[dict[str, Any]]:
+        """Return one row per method with the means over the images."""
+        truths = None if self.sets is None else self.sets.features([self.setup.truth(p, self.task) for p in self.paths])
+        rows = []
+        for entry in [None, *entries]:
+            name = {"method": BASELINE, "preset": "", "steps": None} if entry is None else describe(entry)
+            keys = [row_key(path, self.task, entry, self.setup) for path in self.paths]
+            rows.append(name | _average([self.log.row(key) for key in keys]) | self._distances(keys, truths))
+        if self.sets is not None and truths is not None:
+            rows.append({"method": HALVES, "images": len(truths), **self.sets.halves(truths)})
+        return _aligned(rows)
+
+    def _distances(self, keys: Sequence[str], truths: Sequence[Tensor] | None) -> dict[str, float]:
+        """Return the distances of a method's first samples from the truths, where all that it finished were kept."""
+        done = [(i, self.log.image(key)) for i, key in enumerate(keys) if "remark" not in self.log.row(key)]
+        images = [image for _, image in done if image is not None]
+        if self.sets is None or truths is None or not done or len(images) < len(done):
+            return {}
+        return self.sets.between(self.sets.features(images), [truths[i] for i, _ in done])
+
+
+def _aligned(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows with the same columns in the same order, None where there is nothing."""
+    names = ("method", "preset", "steps", "images", *QUALITY, *COLUMNS, *COUNTS, "seconds", "memory MiB", "remark")
+    found = {name for row in rows for name, value in row.items() if value is not None}
+    return [{name: row.get(name) for name in names if name in found or name not in OPTIONAL} for row in rows]
 
 
 def _average(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the means over the rows that are no failures, of the measures that all of them have."""
     done = [row for row in rows if "remark" not in row]
     out: dict[str, Any] = {"images": len(done)}
+    partial = []
     for measure in MEASURES:
         values = [float(row[measure]) for row in done if row.get(measure) is not None]
-        mean = statistics.fmean(values) if values and all(map(math.isfinite, values)) else None
+        if 0 < len(values) < len(done):
+            partial.append(f"{measure} is known for {len(values)} of {len(done)} images only")
+        whole = bool(values) and len(values) == len(done) and all(map(math.isfinite, values))
+        mean = statistics.fmean(values) if whole else None
         out[measure] = int(mean) if mean is not None and measure in COUNTS and mean.is_integer() else mean
-    remarks = dict.fromkeys(row["remark"] for row in rows if "remark" in row)
-    missing = dict.fromkeys(row["missing"] for row in done if row.get("missing"))
-    return out | {"remark": "; ".join([*remarks, *missing]) or None}
+    said = [row[key] for key in ("remark", "missing", "verdict") for row in rows if row.get(key)]
+    return out | {"remark": "; ".join([*dict.fromkeys(said), *partial]) or None}
 
 
-def _title(name: str, task: Task) -> str:
-    return f"{name}: {task.operator.describe()}" + (f", sigma {task.sigma:g}" if task.sigma is not None else "")
-
-
-def fingerprint(setup: Setup, crop: int) -> str:
+def fingerprint(setup: Setup) -> str:
     """Return a hash of the prior's weights and of all settings that a row depends on."""
-    digest = hashlib.sha256(repr((crop, setup.samples, setup.level, setup.seed, str(setup.lpips_weights))).encode())
+    digest = hashlib.sha256(
+        repr((setup.crop, setup.samples, setup.level, setup.seed, str(setup.lpips_weights))).encode()
+    )
     digest.update(f"{type(setup.prior).__name__} {setup.prior.schedule!r}"[:1000].encode())
     for name, value in setup.prior.state_dict().items():
         digest.update(name.encode() + value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-class Log:
-    """Finished rows, in memory and, where a path is given, one JSON line each on disk.
-
-    Args:
-        path: of the JSONL file; lines of another fingerprint and a line cut off in the middle are passed over.
-        mark: the fingerprint of this run.
-    """
-
-    def __init__(self, path: Path | None, mark: str) -> None:
-        self.path, self.mark = path, mark
-        cut_off = path is not None and path.exists() and not path.read_bytes().endswith(b"\n")
-        self._gap = "\n" if cut_off else ""  # so that the next row does not join a line that was cut off
-        self._rows = {row["key"]: row for row in self._read() if row.get("mark") == mark}
-
-    def row(self, key: str) -> dict[str, Any]:
-        """Return a row; KeyError where it is not there."""
-        return self._rows[key]
-
-    def has(self, key: str) -> bool:
-        """Return whether the row is there."""
-        return key in self._rows
-
-    def add(self, key: str, row: Mapping[str, Any]) -> None:
-        """Add a row and write it at once."""
-        self._rows[key] = {"key": key, "mark": self.mark, **row}
-        if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(self._gap + json.dumps(self._rows[key]) + "\n")
-            self._gap = ""
-
-    def _read(self) -> Iterator[dict[str, Any]]:
-        if self.path is None or not self.path.exists():
-            return
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(row, dict) and "key" in row:
-                yield row

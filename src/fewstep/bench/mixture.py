@@ -14,10 +14,10 @@ from torch import Tensor
 from fewstep.bench.common import FAILURES, Report, Variant, describe, failed, variants
 from fewstep.bench.gaussian import oracles
 from fewstep.core.samples import Samples
+from fewstep.metrics import sliced_wasserstein
 from fewstep.priors.exact import ExactPosterior
 from fewstep.testing.problems import ExactProblem, bimodal_problem, mixture_problem
 
-PROJECTIONS = 64
 FLOORS = 8  # pairs of exact samples whose mean distance is the Monte-Carlo floor
 NOTES = (
     "bimodal: .3 N(-1, .09) + .7 N(1, .09) seen with sigma 0.5 at y = -0.2; 'P(x>0)' is the weight of the right mode.",
@@ -125,15 +125,6 @@ def right_mode_weight(posterior: ExactPosterior) -> float:
     """Return P(x > 0 | y) in one dimension."""
     z = posterior.means[0, :, 0] / posterior.covs[0, :, 0, 0].sqrt()
     return float((posterior.weights[0] * torch.special.ndtr(z)).sum())
-
-
-def sliced_wasserstein(x: Tensor, y: Tensor, projections: int = PROJECTIONS) -> float:
-    """Return the sliced 2-Wasserstein distance of two samples of equal size, (K, D) each, on fixed directions."""
-    generator = torch.Generator().manual_seed(0)
-    directions = torch.randn(x.shape[1], projections, generator=generator, dtype=x.dtype)
-    directions = directions / directions.norm(dim=0)
-    gap = (x @ directions).sort(0).values - (y @ directions).sort(0).values
-    return float(gap.square().mean().sqrt())
 
 
 def transport_floor(posterior: ExactPosterior, num_samples: int) -> float:

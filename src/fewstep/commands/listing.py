@@ -6,33 +6,45 @@ import typing
 from dataclasses import fields
 from typing import Any
 
+import torch
 from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
+from fewstep.core.multistep import Solver
 from fewstep.core.registry import available, get
 from fewstep.core.sampler import Sampler
+from fewstep.core.schedule import Flow
 from fewstep.operators.words import get_operator, operators
 from fewstep.options import flag_of
 
 
 def all_methods(kind: str) -> Table:
-    """Return one row per method: source, needs, network calls, what it converges to."""
-    table = _table("method", "source", "needs", "network calls", "converges to")
-    for name in available(kind):
-        cls = get(name, kind)
-        table.add_row(name, escape(str(cls.reference)), _needs(cls), _calls(cls), escape(f"{cls.exact}: {cls.limit}"))
+    """Return one row per method: source, needs, network calls, what it converges to, and of solvers the order."""
+    rows = {name: _summary(get(name, kind)) for name in available(kind)}
+    table = _table("method", *next(iter(rows.values()), ()))
+    for name, row in rows.items():
+        table.add_row(name, *row.values())
     return table
+
+
+def _summary(cls: type[Sampler]) -> dict[str, str]:
+    """Return what there is to say of a method, by heading."""
+    calls, limit = _calls(cls), escape(f"{cls.exact}: {cls.limit}")
+    head = {"source": escape(str(cls.reference))}
+    if issubclass(cls, Solver):
+        solver: Any = cls()
+        each = solver.plan(Flow(), torch.linspace(1, 0.5, 101, dtype=torch.float64)).calls / 100
+        return head | {"order": f"{solver.order:g}", "calls per step": f"{each:.0f}", "converges to": limit}
+    return head | {"needs": _needs(cls), "network calls": calls, "converges to": limit}
 
 
 def one_method(name: str, kind: str) -> RenderableType:
     """Return what a method is, its fields and its presets."""
     cls = get(name, kind)
     about = _table("", "")
-    about.add_row("source", escape(str(cls.reference)))
-    about.add_row("needs", _needs(cls))
-    about.add_row("network calls", _calls(cls))
-    about.add_row("converges to", escape(f"{cls.exact}: {cls.limit}"))
+    for heading, text in (_summary(cls) | {"network calls": _calls(cls)}).items():
+        about.add_row(heading, text)
     for preset, values in cls.presets.items():
         about.add_row(f"preset {preset}", escape(", ".join(f"{k} = {v}" for k, v in values.items()) or "the defaults"))
     return Group(about, _fields(cls))

@@ -55,6 +55,10 @@ class Denoiser(nn.Module, ABC):
     def forward(self, x_t: Tensor, t: Tensor, **cond: Any) -> Tensor:
         """Return E[x_0 | x_t], (N, *event) -> (N, *event); `t` is () or (N,)."""
 
+    def around(self, other: Denoiser) -> Denoiser:
+        """Return `other` called in the way this prior calls its own network, which is directly unless said otherwise."""
+        return other
+
     def predict(self, kind: str, x_t: Tensor, t: Tensor, **cond: Any) -> Tensor:
         """Return the prediction named `kind`, one of `PARAMETRISATIONS`; same shapes as `forward`."""
         alpha, sigma = (like(c, x_t) for c in self.schedule(torch.as_tensor(t, dtype=x_t.dtype, device=x_t.device)))
@@ -79,3 +83,27 @@ class Rescheduled(Denoiser):
         inner = self.denoiser.schedule.time(self.schedule.ratio(t))
         inner_alpha, _ = self.denoiser.schedule(inner)
         return self.denoiser(x_t * like(inner_alpha / alpha, x_t), inner, **cond)
+
+
+class MeanReverting(Denoiser):
+    r"""A prior of x_t = alpha x_0 + (1 - alpha) mu + sigma z as an ordinary one, which every solver then takes.
+
+    z_t = x_t - (1 - alpha) mu is an ordinary diffusion of the same x_0 (Li et al. 2025, arXiv:2502.07856, whose solver is
+    DPM-Solver++ in z). With alpha_0 = 1 nothing is left to undo at the end.
+
+    Args:
+        denoiser: E[x_0 | x_t] of the mean-reverting process, as a function of x_t.
+        mean: mu, the degraded image say, (*event) or one per item, (N, *event).
+    """
+
+    mean: Tensor
+
+    def __init__(self, denoiser: Denoiser, mean: Tensor) -> None:
+        super().__init__()
+        self.denoiser, self.schedule, self.event_shape = denoiser, denoiser.schedule, denoiser.event_shape
+        self.register_buffer("mean", mean)
+
+    def forward(self, x_t: Tensor, t: Tensor, **cond: Any) -> Tensor:
+        """See `Denoiser`; `x_t` is z_t."""
+        alpha, _ = self.schedule(torch.as_tensor(t, dtype=x_t.dtype, device=x_t.device))
+        return self.denoiser(x_t + (1 - like(alpha, x_t)) * self.mean, t, **cond)

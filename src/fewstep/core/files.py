@@ -50,20 +50,27 @@ def write_weights(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    ready = {
-        k: (v.to(dtype) if dtype and v.is_floating_point() else v).detach().cpu().contiguous()
-        for k, v in tensors.items()
-    }
-    data = dump_tensors(ready)
+    data = packed(tensors, dtype)
     described = {
         **header,
-        "tensors": len(ready),
-        "parameters": sum(v.numel() for v in ready.values()),
+        "tensors": len(tensors),
+        "parameters": sum(v.numel() for v in tensors.values()),
         "library_version": library_version(),
         "sha256": hashlib.sha256(data).hexdigest(),
     }
     write_bytes(folder / WEIGHTS, data)
     write_bytes(folder / HEADER, (json.dumps(described, indent=2) + "\n").encode())
+
+
+def packed(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> bytes:
+    """Return `tensors` as the bytes of a safetensors file; floating ones become `dtype` where it is given."""
+    ready = {k: v.to(dtype) if dtype and v.is_floating_point() else v for k, v in tensors.items()}
+    return dump_tensors({k: v.detach().cpu().contiguous() for k, v in ready.items()})
+
+
+def fingerprint(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> str:
+    """Return the SHA-256 that `write_weights` notes of these tensors."""
+    return hashlib.sha256(packed(tensors, dtype)).hexdigest()
 
 
 def read_header(folder: str | Path) -> dict[str, Any]:

@@ -10,36 +10,41 @@ import torch
 from torch import Tensor
 
 from fewstep.core.batch import like
+from fewstep.core.grid import spaced
 from fewstep.core.kernel import ddim_std, epsilon_of, renoise
 from fewstep.core.noise import Noise
 from fewstep.core.problem import Posterior
 
-FLOOR = 0.02  # the last positive ratio of a ladder relative to its first: Heun's final Euler step starts there
+FLOOR = 0.02  # the last positive ratio of a ladder relative to its first: the final Euler step, to 0, starts there
 
 
-def ladder(ratio: Tensor, steps: int, rho: float = 7.0) -> Tensor:
-    """Return `steps` falling ratios from `ratio`, (), to FLOOR times it (just `ratio` for one step)."""
-    ends = ratio.double() ** (1 / rho)
-    share = torch.linspace(0, 1, steps, dtype=torch.float64) * (1 - FLOOR ** (1 / rho)) if steps > 1 else torch.zeros(1)
-    return (ends * (1 - share.double())) ** rho
+def ladder(ratio: Tensor, steps: int) -> Tensor:
+    """Return `steps` falling ratios from `ratio`, (), to FLOOR times it (just `ratio` for one step), float64."""
+    return spaced(ratio, FLOOR * ratio, steps)
 
 
-def flow_calls(steps: int) -> int:
+def flow_calls(steps: int, order: int = 2) -> int:
     """Return the network calls of `probability_flow`."""
-    return 2 * steps - 1
+    return order * (steps - 1) + 1
 
 
-def probability_flow(problem: Posterior, x_t: Tensor, t: Tensor, steps: int) -> Tensor:
-    """Return G(x_t), (N, *event), by Heun's method in `steps` steps, 2 steps - 1 network calls; `t` is ()."""
-    schedule = problem.schedule
-    ratios = ladder(schedule.ratio(t), steps)
-    times = schedule.time(ratios).clamp(0, 1)
-    z = x_t / problem.coefficients(t, x_t)[0]
-    for k in range(steps - 1):
-        slope = (z - _denoise(problem, z, times[k])) / ratios[k]
-        guess = z + (ratios[k + 1] - ratios[k]) * slope
-        other = (guess - _denoise(problem, guess, times[k + 1])) / ratios[k + 1]
-        z = z + (ratios[k + 1] - ratios[k]) * (slope + other) / 2
+def probability_flow(problem: Posterior, z: Tensor, ratios: Tensor, order: int = 2) -> Tensor:
+    """Return G(alpha z), (N, *event), by as many steps as there are ratios, the last of them an Euler step to 0.
+
+    Args:
+        problem: the prior and its schedule.
+        z: x_t / alpha_t at the first ratio, (N, *event).
+        ratios: falling, (steps,).
+        order: 1 is Euler's method, 2 Heun's, with a second network call in every step but the last.
+    """
+    times = problem.schedule.time(ratios).clamp(0, 1)
+
+    def slope(z: Tensor, k: int) -> Tensor:
+        return (z - _denoise(problem, z, times[k])) / ratios[k]
+
+    for k in range(len(ratios) - 1):
+        change, first = ratios[k + 1] - ratios[k], slope(z, k)
+        z = z + change * (first if order == 1 else (first + slope(z + change * first, k + 1)) / 2)
     return _denoise(problem, z, times[-1])
 
 
@@ -58,4 +63,5 @@ def reverse_draw(problem: Posterior, x_t: Tensor, t: Tensor, steps: int, noise: 
 
 
 def _denoise(problem: Posterior, z: Tensor, t: Tensor) -> Tensor:
+    """Return D(alpha_t z, t)."""
     return problem.denoise(like(problem.schedule(t)[0], z) * z, t)

@@ -7,6 +7,7 @@ items cheap. The block depends on what the item itself asked for, never on the b
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 
@@ -48,6 +49,13 @@ class Noise:
 
     def __len__(self) -> int:
         return len(self.seeds)
+
+    def part(self, items: range) -> Noise:
+        """Return the streams of some items: what they give is gone from here too."""
+        twin = copy.copy(self)
+        twin.seeds, twin._generators = self.seeds[items.start : items.stop], self._generators[items.start : items.stop]
+        twin._block = self._block[:, :0][items.start : items.stop]  # numbers drawn ahead stay with the whole
+        return twin
 
     def randn(self, *shape: int) -> Tensor:
         """Return standard normals, (N, *shape)."""

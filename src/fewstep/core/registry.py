@@ -14,13 +14,13 @@ from importlib.metadata import entry_points
 
 from fewstep.core.sampler import Sampler
 
-KINDS = ("methods", "solvers")
+# what is said, and the folder that is meant
+KINDS = {"method": "methods", "methods": "methods", "solver": "solvers", "solvers": "solvers"}
 
 
 def available(kind: str = "methods") -> list[str]:
     """Return the names of all samplers of a kind, "methods" (posterior samplers) or "solvers" (prior samplers)."""
-    if kind not in KINDS:
-        raise ValueError(f"unknown kind {kind!r}; choose one of {', '.join(KINDS)}")
+    kind = _folder(kind)
     package = importlib.import_module(f"fewstep.{kind}")
     own = [module.name for module in pkgutil.iter_modules(package.__path__) if not module.name.startswith("_")]
     return sorted({*own, *(point.name for point in entry_points(group=f"fewstep.{kind}"))})
@@ -32,7 +32,7 @@ def get(name: str, kind: str = "methods") -> type[Sampler]:
     Raises:
         ValueError: there is none; the nearest names are suggested.
     """
-    name = name.replace("-", "_")
+    name, kind = name.replace("-", "_"), _folder(kind)
     if name not in (names := available(kind)):
         near = difflib.get_close_matches(name, names, 3, 0.4)
         hint = f"did you mean {' or '.join(near)}?" if near else f"choose one of {', '.join(names)}"
@@ -45,6 +45,12 @@ def get(name: str, kind: str = "methods") -> type[Sampler]:
 def fitting(provides: Collection[str]) -> list[str]:
     """Return the names of the methods whose needs are met by a likelihood that provides `provides`."""
     return [name for name in available() if get(name).needs <= set(provides)]
+
+
+def _folder(kind: str) -> str:
+    if kind not in KINDS:
+        raise ValueError(f"unknown kind {kind!r}; choose one of {', '.join(KINDS)}")
+    return KINDS[kind]
 
 
 def _only_sampler(module_name: str) -> type[Sampler]:

@@ -15,12 +15,13 @@ from typing import Any, ClassVar, NamedTuple, Self, final
 import torch
 from torch import Tensor
 
-from fewstep.core.grid import GRIDS
-from fewstep.core.kernel import ddim_std, epsilon_of, renoise
+from fewstep.core.grid import times_of
+from fewstep.core.kernel import bridge, combine, epsilon_of
 from fewstep.core.noise import Noise
 from fewstep.core.problem import Posterior
 from fewstep.core.reference import Reference
 from fewstep.core.samples import Samples
+from fewstep.core.schedule import Schedule
 
 
 class State(NamedTuple):
@@ -172,10 +173,10 @@ class DiffusionSampler(Sampler):
     """A sampler that starts from x_1 ~ N(0, sigma_1^2 I) and walks down a grid of times.
 
     Attributes:
-        grid: name of the time grid, one of `fewstep.core.grid.GRIDS`.
+        grid: the time grid, one of `fewstep.core.grid.GRIDS` by name or the times themselves, see `grid.times_of`.
     """
 
-    grid: str
+    grid: str | tuple[float, ...]
 
     def init(self, problem: Posterior, noise: Noise) -> State:
         """See `Sampler`; pure noise at t = 1."""
@@ -183,10 +184,8 @@ class DiffusionSampler(Sampler):
         return State(sigma.to(noise.dtype).to(noise.device) * noise.randn(*problem.likelihood.event_shape))
 
     def times(self, problem: Posterior) -> Tensor:
-        """Return the `steps` + 1 times of the grid from 1 to 0, float64."""
-        if self.grid not in GRIDS:
-            raise ValueError(f"unknown grid {self.grid!r}; choose one of {', '.join(GRIDS)}")
-        return GRIDS[self.grid](problem.schedule, self.steps)
+        """Return the `steps` + 1 falling times of the grid, float64."""
+        return times_of(self.grid, problem.schedule, self.steps)
 
     def interval(self, problem: Posterior, k: int) -> tuple[Tensor, Tensor]:
         """Return (t, s), the times before and after step k."""
@@ -209,16 +208,24 @@ class GuidedSampler(DiffusionSampler):
     def predict_x0(self, problem: Posterior, x_t: Tensor, t: Tensor, noise: Noise) -> Tensor:
         """Return a mean or a draw of p(x_0 | x_t, y), (N, *event); `t` is ()."""
 
+    def estimate(self, problem: Posterior, state: State, t: Tensor, noise: Noise) -> Tensor:
+        """Return `predict_x0`; a method that also uses the previous prediction, `state.memory`, overrides this."""
+        return self.predict_x0(problem, state.x, t, noise)
+
+    def shares(self, schedule: Schedule, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the weights of epsilon and of fresh noise in x_s; the bridge's unless a method says otherwise."""
+        return bridge(schedule, t, s, self.eta)
+
     @final
     def step(self, problem: Posterior, state: State, k: int, noise: Noise) -> State:
-        """See `Sampler`."""
+        """See `Sampler`; the state's memory is the last prediction of x_0."""
         t, s = self.interval(problem, k)
-        x0 = self.predict_x0(problem, state.x, t, noise)
+        x0 = self.estimate(problem, state, t, noise)
         if k == self.steps - 1:
             return State(x0)
         epsilon = epsilon_of(problem.schedule, t, state.x, x0)
-        std = ddim_std(problem.schedule, t, s, self.eta)
-        return State(renoise(problem.schedule, s, x0, epsilon, std, noise))
+        shares = self.shares(problem.schedule, t, s)
+        return State(combine(problem.schedule, s, x0, epsilon, shares, noise), x0)
 
 
 def settings(sampler: Sampler) -> dict[str, Any]:

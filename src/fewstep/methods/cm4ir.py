@@ -17,8 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fewstep.core.batch import like
-from fewstep.core.flow import flow_calls, probability_flow
+from fewstep.core.flow import flow_calls, ladder, probability_flow
 from fewstep.core.noise import Noise
 from fewstep.core.problem import Posterior
 from fewstep.core.reference import Reference
@@ -95,8 +94,7 @@ class CM4IR(Sampler):
 
     def decode(self, problem: Posterior, z: Tensor, ratio: Tensor) -> Tensor:
         """Return the decoder's output at x_t = alpha z, (N, *event)."""
-        t = problem.schedule.time(ratio).clamp(0, 1)
-        return probability_flow(problem, like(problem.schedule(t)[0], z) * z, t, self.decoder_steps)
+        return probability_flow(problem, z, ladder(ratio, self.decoder_steps))
 
     def back_projection(self, problem: Posterior, x0: Tensor) -> Tensor:
         """Return A' (A A' + zeta sigma_y^2 I)^-1 (y - A x0), (N, *event)."""

@@ -35,6 +35,11 @@ class DiffPIR(DiffusionSampler):
     needs: ClassVar = frozenset({"prox"})
     exact: ClassVar = "biased"
     limit: ClassVar = "no posterior: the prior is weighted by lambda and null directions lose variance (fraction zeta)"
+    presets: ClassVar = {
+        "paper": {},
+        # chosen on held-out training photographs at JPEG quality 10 with the shipped prior and `gaussian_jpeg(y, 0.2)`
+        "jpeg": {"steps": 16, "lam": 1.0, "zeta": 1.0, "grid": "log_snr"},
+    }
     reference: ClassVar = Reference(
         "Denoising Diffusion Models for Plug-and-Play Image Restoration",
         "Zhu, Yuanzhi and Zhang, Kai and Liang, Jingyun and Cao, Jiezhang and Wen, Bihan and Timofte, Radu and "

@@ -6,27 +6,32 @@ One iteration at noise ratio r (in units of x_0) is
 
 a split-step Langevin kernel for p(x | y): "noise and decode" leaves the prior invariant if G is the probability-flow map, and the
 prox, argmin -log p(y | x) + |x - v|^2 / (2 delta^2), is an implicit Euler half-step. It is Langevin when the *noise variance is
-twice the prox step*, r^2 = 2 delta^2 (`pairing` = 2); the published pairing, 1, has half the temperature. With the MMSE denoiser
-in place of G (`decoder_steps` = 1) the prior is counted twice.
+twice the prox step*, r^2 = 2 delta^2 (`pairing` = 2), at small r; a pairing of 1 has half the temperature. With the MMSE
+denoiser in place of G (`decoder_steps` = 1) the prior is counted twice.
 
-The ratios fall along a ladder and stay at its end for the last `stay` iterations. The bias is of the order of the last r^2 over
-the posterior variance.
+Published are the times 999, 874, ..., 124 of 1000, here t = 1, 7/8, ..., 1/8, and delta^2 = c sigma_t^2, where the public code tunes
+c to each task: a constant times |y - A x|, smaller at low noise, and 1, then 1/2, for inpainting. Those constants belong to its
+prior; c = 1 / `pairing` throughout here, the generator is the prior's denoiser, and the latent space is the identity.
+
+On the other ladder the ratios fall to `ratio_min`. The bias is of the order of the last r^2 over the posterior variance.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from fewstep.core.batch import like
-from fewstep.core.flow import flow_calls, probability_flow
+from fewstep.core.flow import flow_calls, ladder, probability_flow
+from fewstep.core.grid import spaced, uniform
 from fewstep.core.noise import Noise
 from fewstep.core.problem import Posterior
 from fewstep.core.reference import Reference
 from fewstep.core.sampler import Sampler, State
+from fewstep.core.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -35,15 +40,19 @@ class LATINO(Sampler):
 
     Args:
         steps: iterations of the kernel.
-        pairing: noise variance over prox step, r^2 / delta^2; 2 is Langevin.
+        ladder: "times" are evenly spaced in t, 1, ..., 1 / steps, "ratios" in ratio^(1 / power) from the largest to `ratio_min`.
+        pairing: noise variance over prox step, r^2 / delta^2, at small r; 2 is Langevin.
+        bound: delta^2 is at most 1 / (pairing * bound): r^2 / (1 + bound r^2) stands for r^2, so 1 is the published sigma_t^2.
         decoder_steps: 1 decodes with the MMSE denoiser, more with that many Heun steps of the probability flow.
-        ratio_min: noise ratio at the end of the ladder, in units of x_0.
-        power: how the ladder is spaced: evenly in ratio^(1 / power).
+        ratio_min: noise ratio at the end of the ladder "ratios", in units of x_0.
+        power: spacing of the ladder "ratios".
         stay: iterations at the end of the ladder.
     """
 
     steps: int = 8
+    ladder: str = "times"
     pairing: float = 1.0
+    bound: float = 1.0
     decoder_steps: int = 1
     ratio_min: float = 0.15
     power: float = 7.0
@@ -51,12 +60,26 @@ class LATINO(Sampler):
 
     needs: ClassVar = frozenset({"prox"})
     exact: ClassVar = "posterior"
-    limit: ClassVar = "the posterior with pairing 2 and decoder_steps > 1, as ratio_min -> 0; the default is too narrow"
+    limit: ClassVar = "the posterior with pairing 2 and decoder_steps > 1, as the last ratio -> 0; else too narrow"
     presets: ClassVar = {
-        "paper": {},
-        "consistent": {"pairing": 2.0, "decoder_steps": 4, "steps": 600, "ratio_min": 0.025},
-        "photo": {"steps": 20, "ratio_min": 0.05},  # chosen on validation photographs with the shipped prior
-        "consistent-short": {"pairing": 2.0, "decoder_steps": 3, "steps": 20, "ratio_min": 0.05},
+        "paper": {},  # its times, without the tuning of the prox step to each task
+        "consistent": {
+            "ladder": "ratios",
+            "bound": 0.0,
+            "pairing": 2.0,
+            "decoder_steps": 4,
+            "steps": 600,
+            "ratio_min": 0.025,
+        },
+        "photo": {"ladder": "ratios", "bound": 0.0, "steps": 20, "ratio_min": 0.05},  # chosen on validation photographs
+        "consistent-short": {
+            "ladder": "ratios",
+            "bound": 0.0,
+            "pairing": 2.0,
+            "decoder_steps": 3,
+            "steps": 20,
+            "ratio_min": 0.05,
+        },
     }
     reference: ClassVar = Reference(
         "LATINO-PRO: LAtent consisTency INverse sOlver with PRompt Optimization",
@@ -65,6 +88,10 @@ class LATINO(Sampler):
         "International Conference on Computer Vision",
         "2503.12615",
     )
+
+    def __post_init__(self) -> None:
+        if self.ladder not in LADDERS:
+            raise ValueError(f"unknown ladder {self.ladder!r}; choose one of {', '.join(LADDERS)}")
 
     @property
     def nfe(self) -> int:
@@ -78,16 +105,30 @@ class LATINO(Sampler):
     def step(self, problem: Posterior, state: State, k: int, noise: Noise) -> State:
         """See `Sampler`."""
         ratio = self.ratios(problem)[k]
-        t = problem.schedule.time(ratio).clamp(0, 1)
         noisy = state.x + ratio.to(state.x) * noise.randn_like(state.x)
-        decoded = probability_flow(problem, like(problem.schedule(t)[0], noisy) * noisy, t, self.decoder_steps)
-        return State(problem.likelihood.prox(decoded, ratio / self.pairing**0.5))
+        decoded = probability_flow(problem, noisy, ladder(ratio, self.decoder_steps))
+        return State(problem.likelihood.prox(decoded, self.prox_step(ratio)))
+
+    def prox_step(self, ratio: Tensor) -> Tensor:
+        """Return delta, shape of `ratio`."""
+        return ratio / (self.pairing * (1 + self.bound * ratio.square())).sqrt()
 
     def ratios(self, problem: Posterior) -> Tensor:
         """Return the noise ratio of every iteration, (steps,), float64."""
-        high = problem.schedule.ratio(torch.ones((), dtype=torch.float64))
         count = max(1, self.steps - self.stay)
-        ends = high ** (1 / self.power), self.ratio_min ** (1 / self.power)
-        share = torch.linspace(0, 1, count, dtype=torch.float64)
-        falling = (ends[0] + share * (ends[1] - ends[0])) ** self.power
+        falling = LADDERS[self.ladder](self, problem.schedule, count)
         return torch.cat([falling, falling[-1:].expand(self.steps - count)])
+
+
+def _times(method: LATINO, schedule: Schedule, count: int) -> Tensor:
+    """Return the ratios at the first `count` times of the uniform grid."""
+    return schedule.ratio(uniform(schedule, count)[:-1])
+
+
+def _ratios(method: LATINO, schedule: Schedule, count: int) -> Tensor:
+    """Return evenly spaced powers of ratios down to `ratio_min`."""
+    high = schedule.ratio(torch.ones((), dtype=torch.float64))
+    return spaced(high, torch.tensor(method.ratio_min, dtype=torch.float64), count, method.power)
+
+
+LADDERS: dict[str, Callable[[LATINO, Schedule, int], Tensor]] = {"times": _times, "ratios": _ratios}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import field, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -75,6 +75,10 @@ class Operator(ABC):
     def baseline(self, y: Any, image_shape: Shape | None = None) -> Tensor:
         """Return the image to beat, (B, C, H, W) in [0, 1]: y itself."""
         return y.clamp(0, 1)
+
+    def seen(self, y: Any) -> Self:
+        """Return the operator with the options that a measurement itself shows, those of a JPEG file."""
+        return self
 
     def describe(self) -> str:
         """Return one line: the word and its options."""

@@ -123,18 +123,6 @@ class JpegTransform:
             full.append(wide[:, :height, :width])
         return torch.einsum("cd,ndhw->nchw", torch.linalg.inv(self.colour), torch.stack(full, 1))
 
-    def scales(self) -> tuple[Tensor, float]:
-        """Return weights d, (D,), constant on blocks, and a bound L on the squared norm of d * forward; L is about 1.5."""
-        lengths = torch.linalg.vector_norm(self.colour, dim=1)
-        cosines = (self.colour / lengths[:, None]) @ (self.colour / lengths[:, None]).T
-        bound = float(torch.linalg.eigvalsh(cosines.abs())[-1])
-        averaging = [r.shape[1] * c.shape[1] for r, c in zip(self.rows, self.columns, strict=True)]
-        spread = [
-            (size**0.5 / length).expand(64 * math.prod(self.blocks(i)))
-            for i, (size, length) in enumerate(zip(averaging, lengths, strict=True))
-        ]
-        return torch.cat(spread) / self.amplification(), bound
-
     def amplification(self) -> Tensor:
         """Return by how much padding amplifies a block, (D,): 1 but in blocks that the border of the image cuts."""
         factors = []

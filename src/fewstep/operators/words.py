@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,12 +17,12 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from fewstep.core.likelihood import GaussianLikelihood
+from fewstep.core.likelihood import GaussianLikelihood, Likelihood
 from fewstep.operators import kernels
 from fewstep.operators.base import WORDS, Operator, Shape, option, register, shape_of
 from fewstep.operators.estimate import estimate_sigma
 from fewstep.operators.image import check_kernel, deepinv_physics, image_likelihood
-from fewstep.operators.jpeg import JpegLikelihood, JpegMeasurement, encode
+from fewstep.operators.jpeg import JpegLikelihood, JpegMeasurement, encode, gaussian_jpeg, settings_of
 
 __all__ = ["Operator", "estimate_sigma", "get_operator", "operators"]
 
@@ -294,6 +294,11 @@ class Jpeg(Operator):
     noise: ClassVar[str] = "none"
     quality: int = option(10, "quality at which images are encoded; not used for a file, which holds its tables")
     subsampling: str = option("4:2:0", "chroma sub-sampling: 4:4:4, 4:2:2 or 4:2:0; not used for a file")
+    step_std: float = option(0.0, "error in steps if taken for Gaussian (0.2 suits photographs); 0: exact intervals")
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.step_std < float("inf"):
+            raise ValueError(f"step_std must be finite and not negative, got {self.step_std}")
 
     def build(self, image_shape: Shape, dtype: torch.dtype = torch.float32) -> Callable[[Tensor], JpegMeasurement]:
         """Return the encoder of images, (B, C, H, W) in [0, 1]."""
@@ -309,7 +314,7 @@ class Jpeg(Operator):
 
     def likelihood(
         self, y: Any, image_shape: Shape | None = None, sigma: Tensor | float | None = None, **options: Any
-    ) -> JpegLikelihood:
+    ) -> Likelihood:
         """See `Operator`; quantisation is the only noise, so sigma must be absent or 0."""
         if sigma is not None and bool((torch.as_tensor(sigma) != 0).any()):
             raise ValueError("jpeg takes no sigma: quantisation is its only noise")
@@ -317,6 +322,8 @@ class Jpeg(Operator):
             raise ValueError("jpeg needs the file, not its pixels: JpegMeasurement.from_file(path)")
         if image_shape is not None and tuple(image_shape) != y.image_shape:
             raise ValueError(f"the JPEG file is of an image {y.image_shape}, not {image_shape}")
+        if self.step_std:
+            return gaussian_jpeg(y, self.step_std, **options)
         return JpegLikelihood(y, **options)
 
     def simulate(self, x: Tensor, sigma: Tensor | float = 0.0, seed: int = 0) -> JpegMeasurement:
@@ -324,6 +331,11 @@ class Jpeg(Operator):
         if bool((torch.as_tensor(sigma) != 0).any()):
             raise ValueError("jpeg takes no sigma: quantisation is its only noise")
         return self.build(shape_of(x))(x)
+
+    def seen(self, y: Any) -> Jpeg:
+        """See `Operator`; the quality is that of the nearest of libjpeg's tables."""
+        quality, subsampling = settings_of(y.tables)
+        return replace(self, quality=quality, subsampling=subsampling)
 
     def baseline(self, y: Any, image_shape: Shape | None = None) -> Tensor:
         """Return the image as a viewer decodes it."""

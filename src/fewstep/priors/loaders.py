@@ -22,7 +22,15 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 def available_priors() -> list[str]:
     """Return the names of the shipped priors."""
-    return sorted(p.parent.name for p in WEIGHTS.glob("*/config.json"))
+    return shipped("fewstep-prior")
+
+
+def shipped(kind: str) -> list[str]:
+    """Return the names of the shipped folders of weights whose header says that their format is `kind`."""
+    from fewstep.core.files import read_header
+
+    folders = sorted(p.parent for p in WEIGHTS.glob("*/config.json"))
+    return [folder.name for folder in folders if read_header(folder).get("format") == kind]
 
 
 def load_prior(source: str | Path | nn.Module, **options: Any) -> Denoiser:
@@ -64,16 +72,16 @@ def _loader(source: str | Path | nn.Module) -> Callable[..., Denoiser]:
     if path.is_file():
         return _guided_diffusion
     names = ", ".join(available_priors()) or "none in this installation"
-    if isinstance(source, str) and _HUB_ID.fullmatch(source) and Path(source).parts[0] not in _neighbours():
+    if isinstance(source, str) and is_hub_id(source):
         return _from_hub
     raise ValueError(
         f"no prior {str(source)!r}: neither a shipped one ({names}), nor a folder or file, nor a hub id 'owner/name'"
     )
 
 
-def _neighbours() -> set[str]:
-    """Return what lies in the working folder: a path that begins there is a mistyped path, not a hub id."""
-    return {p.name for p in Path.cwd().iterdir()}
+def is_hub_id(source: str) -> bool:
+    """Return whether `source` reads "owner/name" and is no mistyped path: one that begins in the working folder."""
+    return bool(_HUB_ID.fullmatch(source)) and not Path(Path(source).parts[0]).exists()
 
 
 def _shipped(name: str) -> Denoiser:
@@ -97,24 +105,29 @@ def _from_folder(folder: str | Path, **options: Any) -> Denoiser:
 
 def _from_hub(name: str, **options: Any) -> Denoiser:
     """Fetch a diffusers repository that the user named, or find it in the local cache, and load it."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
     folders = ("", "unet/")
     small = ["model_index.json", *(f"{f}config.json" for f in folders), "scheduler_config.json", "scheduler/*.json"]
     weights = [f"{folder}diffusion_pytorch_model.safetensors" for folder in folders]
     pickled = [f"{folder}diffusion_pytorch_model.bin" for folder in folders]  # old repositories have nothing else
+    folder = fetch(name, [*small, *weights])
+    if not any((folder / file).is_file() for file in weights):
+        folder = fetch(name, [*small, *pickled])
+    return _from_folder(folder, **options)
+
+
+def fetch(name: str, patterns: list[str]) -> Path:
+    """Return the local copy of those files of a hub repository that match `patterns`; ValueError where it cannot be had."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
     try:
-        folder = snapshot_download(name, allow_patterns=[*small, *weights])
-        if not any((Path(folder) / file).is_file() for file in weights):
-            folder = snapshot_download(name, allow_patterns=[*small, *pickled])
+        return Path(snapshot_download(name, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
             f"{name!r} is no local folder and cannot be fetched from the Hugging Face hub ({reason}); "
             "download it where there is a network and give the path of its folder"
         ) from None
-    return _from_folder(folder, **options)
 
 
 def _guided_diffusion(path: str | Path, **options: Any) -> Denoiser:

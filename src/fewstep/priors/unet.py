@@ -10,7 +10,7 @@ In variance-exploding coordinates x = x_t / alpha_t = x_0 + r z, with r = sigma_
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ class UNetConfig:
         sigma_data: standard deviation of the images, in [-1, 1] units.
         ratio_min: smallest sigma / alpha seen in training.
         ratio_max: largest sigma / alpha seen in training.
+        context: images of the same size and channels that F sees beside x; a plain denoiser has none.
     """
 
     channels: int = 3
@@ -49,13 +50,22 @@ class UNetConfig:
     sigma_data: float = 0.5
     ratio_min: float = 0.005
     ratio_max: float = 160.0
+    context: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "widths", tuple(self.widths))
         if not self.widths or any(w <= 0 or w % self.groups for w in self.widths):
             raise ValueError(f"widths {self.widths} must be positive multiples of groups = {self.groups}")
-        if self.channels < 1 or self.layers < 1 or self.sigma_data <= 0 or not 0 < self.ratio_min < self.ratio_max:
-            raise ValueError("channels, layers and sigma_data must be positive, and 0 < ratio_min < ratio_max")
+        if (
+            self.channels < 1
+            or self.layers < 1
+            or self.context < 0
+            or self.sigma_data <= 0
+            or not 0 < self.ratio_min < self.ratio_max
+        ):
+            raise ValueError(
+                "channels, layers and sigma_data must be positive, context not negative, and 0 < ratio_min < ratio_max"
+            )
 
     def build(self) -> nn.Module:
         """Return the network F with fresh weights; its last layer is zero, so that D starts as c_skip x."""
@@ -64,7 +74,7 @@ class UNetConfig:
 
         levels = len(self.widths)
         net: Any = UNet2DModel(
-            in_channels=self.channels * SHUFFLE**2,
+            in_channels=self.channels * (1 + self.context) * SHUFFLE**2,
             out_channels=self.channels * SHUFFLE**2,
             down_block_types=("DownBlock2D",) * levels,
             up_block_types=("UpBlock2D",) * levels,
@@ -93,10 +103,16 @@ class UNetDenoiser(Denoiser):
         self.event_shape = (self.config.channels, None, None)
         self.net = self.config.build()
 
-    def forward(self, x_t: Tensor, t: Tensor, **cond: Any) -> Tensor:
-        """See `Denoiser`; x_t is (N, C, H, W), t is () or (N,), both sides in [-1, 1] units."""
+    def forward(self, x_t: Tensor, t: Tensor, *, context: Tensor | None = None, **cond: Any) -> Tensor:
+        """See `Denoiser`; x_t is (N, C, H, W), t is () or (N,), both sides in [-1, 1] units.
+
+        `context` is (N, context C, H, W), of order one; it must be there if and only if the configuration asks for it.
+        """
         if cond:
             raise TypeError(f"this prior takes no condition, got {sorted(cond)}")
+        wanted = self.config.context * self.config.channels
+        if (given := 0 if context is None else context.shape[1]) != wanted:
+            raise ValueError(f"this network sees {wanted} channels beside x_t, not {given}")
         if x_t.ndim != 4 or x_t.shape[1] != self.config.channels:
             raise ValueError(f"expected (N, {self.config.channels}, H, W), got {tuple(x_t.shape)}")
         t = torch.as_tensor(t, dtype=x_t.dtype, device=x_t.device)
@@ -104,16 +120,26 @@ class UNetDenoiser(Denoiser):
         ratio, s = self.schedule.ratio(t), self.config.sigma_data
         x, r = x_t / like(alpha, x_t), like(ratio, x_t)
         scale = torch.rsqrt(r.square() + s**2)
-        return (s * scale).square() * x + r * s * scale * self._network(scale * x, ratio)
+        return (s * scale).square() * x + r * s * scale * self._network(scale * x, ratio, context)
 
-    def _network(self, x: Tensor, ratio: Tensor) -> Tensor:
-        """Return F(x; 100 ln ratio) at the size of x, computed in the precision of the weights."""
+    def _network(self, x: Tensor, ratio: Tensor, context: Tensor | None) -> Tensor:
+        """Return F(x, context; 100 ln ratio) at the size of x, computed in the precision of the weights."""
         height, width = x.shape[-2:]
         noise = 100 * ratio.clamp(self.config.ratio_min, self.config.ratio_max).log().expand(len(x))
         dtype = next(self.net.parameters()).dtype
-        padded = pad_to_multiple(x.to(dtype), SHUFFLE * 2 ** (len(self.config.widths) - 1))
+        seen = x if context is None else torch.cat([x, context], 1)
+        padded = pad_to_multiple(seen.to(dtype), SHUFFLE * 2 ** (len(self.config.widths) - 1))
         out = self.net(F.pixel_unshuffle(padded, SHUFFLE), noise.to(dtype)).sample
         return F.pixel_shuffle(out, SHUFFLE)[..., :height, :width].to(x.dtype)
+
+    def with_context(self, images: int) -> UNetDenoiser:
+        """Return a copy that also takes `images` images of context, with zero weights behind them: the same function."""
+        wide = UNetDenoiser(replace(self.config, context=images), self.schedule)
+        state, first = self.net.state_dict(), "conv_in.weight"
+        new = wide.net.state_dict()[first].zero_()
+        new[:, : state[first].shape[1]] = state[first]
+        wide.net.load_state_dict({**state, first: new})
+        return wide.train(self.training)
 
     def save(self, folder: str | Path) -> None:
         """Write half-precision weights and their header to `folder`, each file atomically."""
@@ -134,7 +160,7 @@ class UNetDenoiser(Denoiser):
         """
         tensors, header = read_weights(folder, cls.__name__)
         try:
-            model = cls(_config(header["fields"]), _schedule(header["schedule"]))
+            model = cls(_config(header["fields"]), build_schedule(header["schedule"]))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"the header of {folder} does not describe a {cls.__name__}: {error}") from None
         try:
@@ -162,7 +188,7 @@ def _config(values: dict[str, Any]) -> UNetConfig:
     return UNetConfig(**values)
 
 
-def _schedule(values: dict[str, Any]) -> Schedule:
+def build_schedule(values: dict[str, Any]) -> Schedule:
     """Return the schedule that a header names."""
     kind = getattr(schedules, values["name"], None)
     if not (isinstance(kind, type) and issubclass(kind, Schedule) and kind is not Schedule):

@@ -52,14 +52,25 @@ class Windowed(Denoiser):
         self.denoiser, self.size, self.overlap, self.batch = denoiser, size, overlap, batch
         self.schedule, self.event_shape = denoiser.schedule, denoiser.event_shape
 
-    def forward(self, x_t: Tensor, t: Tensor, **cond: Any) -> Tensor:
-        """See `Denoiser`; x_t is (N, C, H, W)."""
+    def forward(self, x_t: Tensor, t: Tensor, *, context: Tensor | None = None, **cond: Any) -> Tensor:
+        """See `Denoiser`; x_t is (N, C, H, W) and `context`, for a network that takes one, (N, C', H, W)."""
+        beside = {} if context is None else {"context": context}
         if x_t.shape[-2] * x_t.shape[-1] <= self.size**2:
-            return self.denoiser(x_t, t, **cond)
+            return self.denoiser(x_t, t, **beside, **cond)
         if cond:
             raise ValueError(f"a prior in windows takes no condition, got {sorted(cond)}")
         t = torch.as_tensor(t, dtype=x_t.dtype, device=x_t.device)
-        return _InWindows.apply(x_t, t, self)
+        return _InWindows.apply(x_t if context is None else torch.cat([x_t, context], 1), t, self)
+
+    def call(self, seen: Tensor, t: Tensor) -> Tensor:
+        """Return the denoiser's result on pieces of x_t and, in further channels, of the context, (N, C + C', h, w)."""
+        channels = self.event_shape[0]
+        x_t, context = seen[:, :channels], seen[:, channels:]
+        return self.denoiser(x_t, t, **({"context": context} if context.shape[1] else {}))
+
+    def around(self, other: Denoiser) -> Windowed:
+        """See `Denoiser`; in windows of the same size."""
+        return Windowed(other, self.size, self.overlap, self.batch)
 
     def batches(self, shape: torch.Size) -> Iterator[list[Window]]:
         """Return the windows of images of shape (N, C, H, W), in batches of equal window shapes."""
@@ -86,10 +97,10 @@ class _InWindows(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, t: Tensor, windowed: Windowed) -> Tensor:
         ctx.save_for_backward(x, t)
         ctx.windowed = windowed
-        out = torch.zeros_like(x)
+        out = torch.zeros_like(x[:, : windowed.event_shape[0]])
         tables = windowed.weights(x)
         for windows in windowed.batches(x.shape):
-            pieces = windowed.denoiser(_cut(x, windows), _times(t, windows))
+            pieces = windowed.call(_cut(x, windows), _times(t, windows))
             for piece, window in zip(pieces, windows, strict=True):
                 out[window.item, :, window.rows, window.columns] += piece * _weight(tables, window)
         return out
@@ -105,7 +116,7 @@ class _InWindows(torch.autograd.Function):
             seeds = [grad[w.item, :, w.rows, w.columns] * _weight(tables, w) for w in windows]
             with torch.enable_grad():
                 leaf = _cut(x, windows).requires_grad_()
-                pieces = windowed.denoiser(leaf, _times(t, windows))
+                pieces = windowed.call(leaf, _times(t, windows))
             pulled = torch.autograd.grad(pieces, leaf, torch.stack(seeds))[0]
             for piece, window in zip(pulled, windows, strict=True):
                 out[window.item, :, window.rows, window.columns] += piece

@@ -1,15 +1,20 @@
-"""Recipes: YAML files that say how a shipped model was trained, read strictly."""
+"""Recipes: YAML files that say how a shipped model was trained, read strictly.
+
+The key `kind` says what is trained: "prior" (the default) or "ud2m".
+"""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from fewstep.priors.unet import UNetDenoiser
     from fewstep.training import Trainer
 
@@ -36,9 +41,13 @@ class PriorRecipe:
     training: Mapping[str, Any]
     validation: Mapping[str, Any]
 
+    def trainer(self, data: str | Path, out: str | Path, steps: int | None = None) -> Trainer:
+        """See `prior_trainer`."""
+        return prior_trainer(self, data, out, steps)
 
-def read_recipe(path: str | Path) -> PriorRecipe:
-    """Return the recipe at `path`, or the shipped one of that name ("natural").
+
+def read_recipe(path: str | Path) -> Any:
+    """Return the recipe at `path`, or the shipped one of that name ("natural"), as the dataclass of its kind.
 
     Raises:
         ValueError: the file is missing, is no YAML mapping, lacks a key or has one that is not known.
@@ -50,7 +59,13 @@ def read_recipe(path: str | Path) -> PriorRecipe:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
         raise ValueError(f"{file} cannot be read as a recipe ({error})") from None
-    return build(PriorRecipe, values, str(file))
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{file} must be a mapping of names to values")
+    given = dict(values)
+    kind = given.pop("kind", "prior")
+    if kind not in KINDS:
+        raise ValueError(f"{file}: unknown kind {kind!r}; choose one of {', '.join(KINDS)}")
+    return build(KINDS[kind](), given, str(file))
 
 
 def build(cls: type, values: Any, where: str) -> Any:
@@ -118,20 +133,40 @@ def prior_trainer(recipe: PriorRecipe, data: str | Path, out: str | Path, steps:
     )
 
 
-def train_prior(
-    recipe: str | Path, data: str | Path, out: str | Path, steps: int | None = None, resume: bool = True
-) -> UNetDenoiser:
-    """Train the prior of `recipe` on the folder of images `data`; return it with averaged weights.
+def _prior() -> type:
+    return PriorRecipe
 
-    `out` receives checkpoints, `log.jsonl` and the folder `prior`, which `load_prior` reads. `steps` replaces the
-    recipe's number of steps; `resume` continues from the last checkpoint in `out`.
+
+def _ud2m() -> type:
+    from fewstep.recipes.ud2m import UD2MRecipe
+
+    return UD2MRecipe
+
+
+KINDS: dict[str, Callable[[], type]] = {"prior": _prior, "ud2m": _ud2m}
+
+
+def train(
+    recipe: str | Path, data: str | Path, out: str | Path, steps: int | None = None, resume: bool = True
+) -> nn.Module:
+    """Train what `recipe` describes on the folder of images `data`; return it with averaged weights.
+
+    `out` receives checkpoints, `log.jsonl` and the model in a folder of its own, which `load_prior` or `load_sampler` reads.
+    `steps` replaces the recipe's number of steps; `resume` continues from the last checkpoint in `out`.
 
     Raises:
         ValueError: the recipe, the images or the checkpoint cannot be used.
         KeyboardInterrupt: the training was told to stop; a checkpoint was written first.
     """
-    trainer = prior_trainer(read_recipe(recipe), data, out, steps)
-    prior = trainer.run(resume)
+    trainer = read_recipe(recipe).trainer(data, out, steps)
+    model = trainer.run(resume)
     if not trainer.finished:
         raise KeyboardInterrupt(f"stopped after step {trainer.step} of {trainer.options.steps}; run again to resume")
-    return cast("UNetDenoiser", prior)
+    return model
+
+
+def train_prior(
+    recipe: str | Path, data: str | Path, out: str | Path, steps: int | None = None, resume: bool = True
+) -> UNetDenoiser:
+    """Do what `train` does with the recipe of a prior; return the prior."""
+    return cast("UNetDenoiser", train(recipe, data, out, steps, resume))

@@ -166,13 +166,7 @@ def _build(net: str, file: Path | None) -> nn.Module:
 
 def _load(network: nn.Module, file: Path) -> None:
     """Load `features.N.*` and `linI.weight` into the names of the lpips package; every tensor must find its place."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        given = {name: value.float() for name, value in load_file(file).items()}
-    except SafetensorError as error:
-        raise ValueError(f"{file} is no safetensors file that can be read ({error})") from None
+    given = {name: value.float() for name, value in read_weights(file).items()}
     state = network.state_dict()
     wanted = {name: _foreign(name) for name in state}
     expected = {name for name in wanted.values() if name}
@@ -183,6 +177,17 @@ def _load(network: nn.Module, file: Path) -> None:
         network.load_state_dict({k: given[v] if v else state[k] for k, v in wanted.items()}, strict=True)
     except RuntimeError as error:
         raise ValueError(f"{file} does not fit this LPIPS network: {' '.join(str(error).split())[:200]}") from None
+
+
+def read_weights(file: Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file; ValueError where there is none that can be read."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is no safetensors file that can be read ({error})") from None
 
 
 def _foreign(name: str) -> str:

@@ -1,0 +1,242 @@
+"""Calibrations that lie beside the weights of a trained sampler: fitted on photographs, one per family of operators.
+
+A promise holds for what it was fitted on: these weights, these outer steps, this many samples, this level, photographs of this
+size, and operators as the family draws them. Whatever differs is said; a calibration of other weights is never used.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from fewstep.core.denoiser import Denoiser
+from fewstep.core.files import library_version, read_header, write_bytes
+from fewstep.core.noise import mix
+from fewstep.core.problem import Posterior
+from fewstep.core.sampler import Sampler
+from fewstep.core.samples import Samples
+from fewstep.data import CropShape, RandomCrops, center_crops
+from fewstep.measurements import Family, SimulatedMeasurements
+from fewstep.operators.base import Operator
+from fewstep.uncertainty.calibration import Calibration
+from fewstep.unfolded.sampler import UnfoldedSampler
+
+FILE, FORMAT = "calibration.json", "fewstep.calibrations"
+OUTER = ("steps", "eta", "kernel", "grid")  # what a trained sampler's law depends on beside its weights
+
+Progress = Callable[[str, int, int], None]  # (word of the operator, photographs done, photographs in all)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to calibrate.
+
+    Attributes:
+        levels: probabilities of the intervals.
+        samples: numbers of samples K, 2 at least; all share the runs of the largest.
+        crop: side of the square in the middle of each photograph; a hole of fixed size weighs less in a larger one.
+        worst: bound of an image's loss, see `Calibration`. At 1, n images leave up to 2 / (n + 1) of excess coverage: 32 images
+            at 90 % aim at 93 %. At 0.5 they aim at 91.5 %, and what the promise gives up are images of which more than half is
+            missed.
+        seed: of measurements and samples.
+        chunk: the most samples that go through the network at once.
+    """
+
+    levels: tuple[float, ...] = (0.9,)
+    samples: tuple[int, ...] = (16,)
+    crop: int = 128
+    worst: float = 0.5
+    seed: int = 0
+    chunk: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.levels or not self.samples or min(self.samples) < 2:
+            raise ValueError(f"intervals need a level and at least 2 samples, got {self.levels} and {self.samples}")
+
+
+class Asked(NamedTuple):
+    """A measurement and the intervals that are wanted of it; sigma is in [0, 1] units, None for no noise."""
+
+    operator: Operator
+    sigma: float | None
+    num_samples: int
+    level: float
+
+
+class Verdict(NamedTuple):
+    """What the intervals of a trained sampler are worth.
+
+    Attributes:
+        calibration: to be applied to them, or None.
+        outside: in what the operator differs from everything the network was trained on; empty where it does not.
+        text: both in a sentence.
+    """
+
+    calibration: Calibration | None
+    outside: tuple[str, ...]
+    text: str
+
+
+@dataclass(frozen=True)
+class Calibrations:
+    """The calibrations of one trained sampler.
+
+    Attributes:
+        sha256: of its weights.
+        outer: `OUTER` of the sampler that was calibrated.
+        crop: side of the photographs, pixels.
+        families: the operators of training, from which those of calibration were drawn.
+        entries: words of operators and their calibrations, one per level and number of samples.
+    """
+
+    sha256: str
+    outer: dict[str, Any]
+    crop: int
+    families: tuple[Family, ...]
+    entries: tuple[tuple[str, Calibration], ...]
+
+    def save(self, folder: str | Path) -> Path:
+        """Write `calibration.json` into `folder`, atomically."""
+        values = {
+            "format": FORMAT,
+            "library_version": library_version(),
+            "sha256": self.sha256,
+            "outer": self.outer,
+            "crop": self.crop,
+            "families": [asdict(family) for family in self.families],
+            "entries": [{"operator": word, **calibration.to_json()} for word, calibration in self.entries],
+        }
+        path = Path(folder) / FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(path, (json.dumps(values, indent=2) + "\n").encode())
+        return path
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Self:
+        """Read what `save` wrote beside the weights in `folder`.
+
+        Raises:
+            ValueError: the file is missing, damaged, or of other weights than those in the folder.
+        """
+        path = Path(folder) / FILE
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            if values["format"] != FORMAT:
+                raise ValueError("it is of another format")
+            families = tuple(Family(**family) for family in values["families"])
+            entries = tuple((entry.pop("operator"), Calibration.from_json(entry)) for entry in values["entries"])
+            found = cls(values["sha256"], dict(values["outer"]), int(values["crop"]), families, entries)
+        except FileNotFoundError:
+            raise ValueError(f"there is no {FILE} beside the weights") from None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} cannot be read as calibrations ({error})") from None
+        if found.sha256 != read_header(folder).get("sha256"):
+            raise ValueError(f"{path} belongs to other weights than those beside it; calibrate these")
+        return found
+
+    def outside(self, operator: Operator, sigma: float | None) -> tuple[str, ...]:
+        """Return in what an operator differs from the nearest family; empty where one holds it."""
+        gaps = [family.outside(operator, sigma or 0.0) for family in self._of(operator.word)]
+        return min(gaps, key=len) if gaps else (f"no {operator.word} among the operators of training",)
+
+    def find(self, asked: Asked) -> Calibration | None:
+        """Return the calibration for the operator's word, the level and the number of samples."""
+        for word, found in self.entries:
+            same = abs(found.level - asked.level) < 1e-9 and found.num_samples == asked.num_samples
+            if word == asked.operator.word and same:
+                return found
+        return None
+
+    def verdict(self, sampler: UnfoldedSampler, asked: Asked) -> Verdict:
+        """Return what these calibrations say of the intervals that are asked for."""
+        outside, found = self.outside(asked.operator, asked.sigma), self.find(asked)
+        differ = [f"{k} {v}" for k, v in self.outer.items() if getattr(sampler, k) != v]
+        if found is None or differ:
+            why = f"calibrated with {', '.join(differ)}" if differ else self._offer(asked.operator.word)
+            return Verdict(None, outside, f"not calibrated: {why}" + _flag(outside))
+        text = f"calibrated on {found.images} photographs of {self.crop} pixels, family {asked.operator.word}"
+        return Verdict(found, outside, text + _flag(outside))
+
+    def _offer(self, word: str) -> str:
+        offers = [f"{c.num_samples} samples at level {c.level:g}" for w, c in self.entries if w == word]
+        return f"{word} is calibrated for {' or '.join(offers)}" if offers else f"there is no calibration for {word}"
+
+    def _of(self, word: str) -> list[Family]:
+        return [family for family in self.families if family.word == word]
+
+
+def judge(sampler: Sampler, asked: Asked) -> Verdict | None:
+    """Return what is known of the intervals of a sampler, None where it is no trained network on disk."""
+    if not isinstance(sampler, UnfoldedSampler) or sampler.folder is None:
+        return None
+    try:
+        return Calibrations.load(sampler.folder).verdict(sampler, asked)
+    except ValueError as reason:
+        return Verdict(None, (), f"not calibrated: {reason}")
+
+
+def calibrate(
+    sampler: UnfoldedSampler,
+    prior: Denoiser,
+    photos: Sequence[Tensor],
+    families: Sequence[Family],
+    plan: Plan,
+    progress: Progress | None = None,
+) -> Calibrations:
+    """Calibrate a trained sampler on photographs; every family sees each of them once, through an operator of its own.
+
+    Args:
+        sampler: of a network on disk.
+        prior: with the schedule of the network.
+        photos: uint8 images, (3, H, W) each, of different scenes and not those of training.
+        families: the operators of training.
+        plan: how.
+        progress: called after every photograph.
+
+    Raises:
+        ValueError: the network is not on disk, or there are too few photographs for the level.
+    """
+    if sampler.folder is None:
+        raise ValueError("calibrations belong to weights on disk: save the network first")
+    entries: list[tuple[str, Calibration]] = []
+    for word in dict.fromkeys(family.word for family in families):
+        pairs = []
+        for pair in simulated(sampler, prior, photos, [f for f in families if f.word == word], plan):
+            pairs.append(pair)
+            if progress is not None:
+                progress(word, len(pairs), len(photos))
+        for level in plan.levels:
+            for k in plan.samples:
+                few = ((replace(samples, x=samples.x[:k]), truth) for samples, truth in pairs)
+                entries.append((word, Calibration.fit(few, level, worst=plan.worst)))
+    sha256 = str(read_header(sampler.folder)["sha256"])
+    return Calibrations(sha256, outer(sampler), plan.crop, tuple(families), tuple(entries))
+
+
+def simulated(
+    sampler: Sampler, prior: Denoiser, photos: Sequence[Tensor], families: Sequence[Family], plan: Plan
+) -> Iterator[tuple[Samples, Tensor]]:
+    """Yield the samples of a measurement of each photograph and its truth, (K, 1, 3, crop, crop) and (1, 3, crop, crop)."""
+    data = SimulatedMeasurements(RandomCrops(photos, (CropShape(1, plan.crop),), plan.seed), tuple(families))
+    device = next((p.device for p in prior.parameters()), torch.device("cpu"))
+    for number, x in enumerate(center_crops(photos, plan.crop)):
+        problem = Posterior(prior, data.measure(x[None].to(device), 0, number))
+        samples = sampler(problem, max(plan.samples), seed=mix(plan.seed, number), chunk=plan.chunk)
+        yield replace(samples, x=samples.x.float().cpu()), x[None]
+
+
+def outer(sampler: UnfoldedSampler) -> dict[str, Any]:
+    """Return the settings of the outer steps."""
+    return {name: getattr(sampler, name) for name in OUTER}
+
+
+def _flag(outside: Sequence[str]) -> str:
+    return f"; the operator is outside the card of the sampler, so nothing is promised: {', '.join(outside)}" * bool(
+        outside
+    )

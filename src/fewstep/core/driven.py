@@ -1,0 +1,74 @@
+"""Any guided sampler under any solver: the guided prediction of x_0 is one more denoiser."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+from fewstep.core.multistep import Solver
+from fewstep.core.noise import Noise
+from fewstep.core.problem import Posterior
+from fewstep.core.reference import Reference
+from fewstep.core.sampler import DiffusionSampler, GuidedSampler, State
+
+
+@final
+@dataclass(frozen=True)
+class Driven(DiffusionSampler):
+    """The prediction of a guided sampler under the steps, the grid and the kernel of a solver.
+
+    Converges to what the guided sampler does with many steps; `steps`, `grid` and `eta` of the guided sampler play no part.
+
+    Args:
+        guided: what predicts x_0 from (y, x_t).
+        solver: what steps.
+
+    Raises:
+        ValueError: the prediction is no smooth function of (x_t, t), so that there is nothing for a solver to integrate.
+    """
+
+    guided: GuidedSampler
+    solver: Solver
+
+    exact: ClassVar = "biased"
+    limit: ClassVar = "what the guided sampler converges to"
+
+    def __post_init__(self) -> None:
+        name = type(self.guided).__name__
+        if self.guided.prediction != "mean":
+            raise ValueError(
+                f"{name} draws x_0 afresh at every step, and a solver would integrate the noise; run it as it is"
+            )
+        if type(self.guided).estimate is not GuidedSampler.estimate:
+            raise ValueError(
+                f"{name} also uses its previous prediction, which a solver does not keep for it; run it as it is"
+            )
+
+    @property
+    def steps(self) -> int:  # type: ignore[override]
+        """Length of the loop: the solver's."""
+        return self.solver.steps
+
+    @property
+    def grid(self) -> str | tuple[float, ...]:  # type: ignore[override]
+        """The time grid: the solver's."""
+        return self.solver.grid
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        """What the guided sampler needs."""
+        return self.guided.needs
+
+    @property
+    def reference(self) -> Reference:  # type: ignore[override]
+        """The publication of the guided sampler; `solver.reference` is the other."""
+        return self.guided.reference
+
+    @property
+    def nfe(self) -> int:
+        """See `Sampler`; predictions of the solver times network calls of each."""
+        return self.solver.nfe * (self.guided.nfe // self.guided.steps)
+
+    def step(self, problem: Posterior, state: State, k: int, noise: Noise) -> State:
+        """See `Sampler`."""
+        return self.solver.advance(problem, state, k, noise, self.guided.predict_x0)

@@ -1,0 +1,87 @@
+"""A sampler as a reconstruction network of deepinv: x_hat = model(y, physics), for `deepinv.test` and its trainer.
+
+deepinv itself is not imported: it asks for no more than an `nn.Module` of that signature.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.core.denoiser import Denoiser
+from fewstep.core.noise import Noise
+from fewstep.core.problem import Posterior
+from fewstep.core.sampler import Sampler
+from fewstep.operators.image import image_likelihood, to_unit
+
+
+class DeepinvModel(nn.Module):
+    """The mean of samples of p(x | y), for any linear deepinv physics with Gaussian noise.
+
+    In training mode, with gradients enabled, the samples are differentiable in the sampler's own network.
+
+    Args:
+        sampler: any sampler; networks among its fields move with this module and are its parameters.
+        prior: the diffusion prior.
+        samples: K, how many samples are averaged.
+        seed: of the samples.
+        chunk: the most items that go through the network at once; None for all of them.
+    """
+
+    def __init__(
+        self, sampler: Sampler, prior: Denoiser, samples: int = 1, seed: int = 0, chunk: int | None = None
+    ) -> None:
+        super().__init__()
+        if samples < 1:
+            raise ValueError(f"samples must be at least 1, got {samples}")
+        self.sampler, self.prior = sampler, prior
+        self.samples, self.seed, self.chunk = samples, seed, chunk
+        values = (getattr(sampler, f.name) for f in fields(sampler))  # type: ignore[arg-type]
+        self.networks = nn.ModuleList(value for value in values if isinstance(value, nn.Module))
+
+    def forward(self, y: Tensor, physics: Any, **_: Any) -> Tensor:
+        """Return the mean of K samples, (B, C, H, W) in [0, 1].
+
+        Args:
+            y: measurements of images in [0, 1], (B, *measurement).
+            physics: a deepinv `LinearPhysics` whose `noise_model.sigma` is the noise level of y, a number or (B,).
+
+        Raises:
+            ValueError: the noise is not Gaussian or its level 0, or y does not fit the operator.
+        """
+        sigma = getattr(getattr(physics, "noise_model", None), "sigma", None)
+        if sigma is None:
+            raise ValueError(f"{type(physics).__name__} has no Gaussian noise model: noise_model.sigma is missing")
+        problem = Posterior(self.prior, image_likelihood(y, physics, sigma))
+        if self.training and torch.is_grad_enabled():
+            return to_unit(self._differentiable(problem))
+        return to_unit(self.sampler(problem, self.samples, seed=self.seed, chunk=self.chunk).mean).clamp(0, 1)
+
+    def _differentiable(self, problem: Posterior) -> Tensor:
+        """Return the same mean with its graph, (B, *event)."""
+        self.sampler.check(problem, self.samples)
+        likelihood, items = problem.likelihood, problem.expand(self.samples)
+        seeds = [self.seed] * likelihood.batch
+        noise = Noise.spawn(seeds, range(self.samples), likelihood.dtype, likelihood.device)
+        state = self.sampler.init(items, noise)
+        for k in range(self.sampler.steps):
+            state = self.sampler.step(items, state, k, noise)
+        return self.sampler.output(state).unflatten(0, (self.samples, -1)).mean(0)
+
+
+def as_deepinv(
+    sampler: Sampler, prior: Denoiser, samples: int = 1, *, seed: int = 0, chunk: int | None = None
+) -> DeepinvModel:
+    """Return `sampler` as a deepinv reconstruction network, `model(y, physics)`, see `DeepinvModel`.
+
+    Args:
+        sampler: of `load_sampler`, or any other.
+        prior: the diffusion prior.
+        samples: K, whose mean is returned.
+        seed: of the samples.
+        chunk: the most items that go through the network at once.
+    """
+    return DeepinvModel(sampler, prior, samples, seed, chunk).eval()

@@ -1,0 +1,135 @@
+"""Training data of a posterior sampler: crops of photographs, each seen through an operator and a noise level of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import numpy as np
+import torch
+
+from fewstep.core.together import Together
+from fewstep.data import RandomCrops
+from fewstep.operators.base import Operator
+from fewstep.operators.image import to_unit
+from fewstep.operators.words import get_operator
+
+Draw = Callable[[np.random.Generator], Any]
+
+
+@dataclass(frozen=True)
+class Family:
+    """Operators of one word, with fields drawn at random.
+
+    Attributes:
+        word: of the operator, see `fewstep operators`.
+        weight: how often it is drawn, relative to the others.
+        fields: one entry per field: a value that stays, a list of choices, or {"low": a, "high": b} with numbers drawn uniformly
+            (integers where both ends are) or, with "log": true, uniformly in the logarithm.
+        sigma: of the noise in [0, 1] units, in the same language; 0 for operators that add none.
+    """
+
+    word: str
+    weight: float = 1.0
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    sigma: Any = field(default_factory=lambda: {"low": 0.005, "high": 0.1, "log": True})
+
+    def __post_init__(self) -> None:
+        known = [f.name for f in dataclasses.fields(get_operator(self.word))]  # type: ignore[arg-type]
+        for name in self.fields:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, 1)
+                hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known) or 'none'}"
+                raise ValueError(f"operator {self.word} has no field {name!r}; {hint}")
+        if self.weight < 0:
+            raise ValueError(f"the weight of {self.word} must not be negative")
+        for entry in [*self.fields.values(), self.sigma]:
+            check_entry(entry, self.word)
+
+    def draw(self, rng: np.random.Generator) -> tuple[Any, float]:
+        """Return an operator and a noise level."""
+        values = {name: pick(entry, rng) for name, entry in self.fields.items()}
+        return get_operator(self.word)(**values), float(pick(self.sigma, rng))
+
+    def outside(self, operator: Operator, sigma: float) -> tuple[str, ...]:
+        """Return what of an operator of this word and its noise level can never be drawn, "name value (allowed)" each."""
+        allowed = {f.name: self.fields.get(f.name, f.default) for f in fields(type(operator))}  # type: ignore[arg-type]
+        found = [(name, getattr(operator, name), entry) for name, entry in allowed.items()]
+        wrong = [(n, v, e) for n, v, e in [*found, ("sigma", sigma, self.sigma)] if not holds(e, v)]
+        return tuple(f"{name} {value} ({_said(entry)})" for name, value, entry in wrong)
+
+
+def holds(entry: Any, value: Any) -> bool:
+    """Return whether `pick` can give a value."""
+    if isinstance(entry, list):
+        return value in entry
+    return entry["low"] <= value <= entry["high"] if isinstance(entry, Mapping) else entry == value
+
+
+def _said(entry: Any) -> str:
+    return f"{entry['low']} to {entry['high']}" if isinstance(entry, Mapping) else str(entry)
+
+
+def check_entry(entry: Any, word: str) -> None:
+    """Raise ValueError where `pick` could not read a recipe's entry for the operator `word`."""
+    if isinstance(entry, list) and not entry:
+        raise ValueError(f"a field of {word} has an empty list of choices")
+    if not isinstance(entry, Mapping):
+        return
+    if not {"low", "high"} <= set(entry) <= {"low", "high", "log"}:
+        raise ValueError(f"a range of {word} has the keys low, high and perhaps log, not {', '.join(map(str, entry))}")
+    if entry["low"] > entry["high"] or (entry.get("log", False) and entry["low"] <= 0):
+        raise ValueError(f"a range of {word} must rise, and be positive where it is logarithmic: {dict(entry)}")
+
+
+def pick(entry: Any, rng: np.random.Generator) -> Any:
+    """Return what a recipe's entry stands for: a value, one of a list, or a number in a range."""
+    if isinstance(entry, list):
+        return entry[int(rng.integers(len(entry)))]
+    if not isinstance(entry, Mapping):
+        return entry
+    low, high = entry["low"], entry["high"]
+    if entry.get("log", False):
+        return math.exp(rng.uniform(math.log(low), math.log(high)))
+    return (
+        int(rng.integers(low, high + 1)) if isinstance(low, int) and isinstance(high, int) else rng.uniform(low, high)
+    )
+
+
+@dataclass(frozen=True)
+class SimulatedMeasurements:
+    """Batches {"x0", "likelihood"}: item i of step k depends on the seed of the crops, k and i only.
+
+    Attributes:
+        crops: the clean images.
+        families: what may have happened to them.
+        device: where the measurements are made.
+    """
+
+    crops: RandomCrops
+    families: tuple[Family, ...]
+    device: str = "cpu"
+
+    def count(self, step: int) -> int:
+        """Return the number of items of this step, over all processes."""
+        return self.crops.count(step)
+
+    def batch(self, step: int, items: Iterable[int]) -> dict[str, Any]:
+        """Return clean items, (B, 3, size, size) in [-1, 1], and the likelihood of what was measured of them."""
+        chosen = list(items)
+        x0 = self.crops.batch(step, chosen).to(self.device)
+        parts = [self.measure(x[None], step, item) for x, item in zip(x0, chosen, strict=True)]
+        return {"x0": x0, "likelihood": Together(parts)}
+
+    def measure(self, x: torch.Tensor, step: int, item: int) -> Any:
+        """Return the likelihood of what was measured of x, (1, 3, H, W) in [-1, 1], as item `item` of step `step`."""
+        rng = np.random.default_rng((self.crops.seed, step, item, 1))
+        weights = np.array([family.weight for family in self.families])
+        family = self.families[int(rng.choice(len(weights), p=weights / weights.sum()))]
+        operator, sigma = family.draw(rng)
+        y = operator.simulate(to_unit(x), sigma, int(rng.integers(2**31)))
+        return operator.likelihood(y, tuple(x.shape[1:]), sigma or None)

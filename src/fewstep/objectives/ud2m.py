@@ -1,0 +1,207 @@
+r"""The training of an unfolded network as a sampler of p(x_0 | y, x_t).
+
+x_t = alpha_t x_0 + sigma_t z at a random t, y simulated from x_0, and M draws x_i of the network for the same (y, x_t). The model
+minimises a weighted sum of terms, each of which can be switched off by weight 0:
+
+* an energy score of the draws in one or more embeddings: proper, so that the spread is learned, not only the mean;
+* LPIPS(x_i, x_0);
+* |eps_i - z|^2 with eps_i = (x_t - alpha_t x_i) / sigma_t, min(1 / ratio_t^2, cap) times the error of x_0: the published term,
+  whose weight falls to nothing at high noise;
+* the adversarial loss of a conditional critic, the second player.
+
+Kemajou Mbakam, Spence, Pereyra (2025, arXiv:2507.02686) use the last three with M = 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.core.batch import item_dot, like
+from fewstep.core.denoiser import Denoiser
+from fewstep.core.likelihood import Likelihood
+from fewstep.core.noise import Noise
+from fewstep.core.objective import Objective
+from fewstep.core.problem import Posterior
+from fewstep.objectives.adversarial import critic_loss, generator_loss
+from fewstep.objectives.embeddings import Embedding
+from fewstep.objectives.energy import energy_score
+from fewstep.objectives.perceptual import lpips_distance, lpips_features
+
+
+class Contest(nn.Module):
+    """An unfolded network and its critic, which may be missing: what the trainer holds."""
+
+    def __init__(self, network: nn.Module, critic: nn.Module | None = None) -> None:
+        super().__init__()
+        self.network, self.critic = network, critic
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights of the terms; 0 switches one off.
+
+    Attributes:
+        energy: of the energy score.
+        spread: of its second term; 1 is proper.
+        perceptual: of LPIPS.
+        noise: of the noise prediction.
+        noise_cap: largest weight of an error of x_0 in the noise prediction.
+        adversarial: of the critic's verdict.
+        r1: of the penalty on the critic's gradient.
+    """
+
+    energy: float = 1.0
+    spread: float = 1.0
+    perceptual: float = 0.0
+    noise: float = 0.0
+    noise_cap: float = 10.0
+    adversarial: float = 0.0
+    r1: float = 1.0
+
+    def __post_init__(self) -> None:
+        if min(vars(self).values()) < 0:
+            raise ValueError("weights of terms must not be negative")
+
+
+@dataclass(frozen=True)
+class UD2M(Objective):
+    """The sum of terms above.
+
+    Attributes:
+        prior: the frozen prior; its schedule is that of x_t.
+        weights: of the terms.
+        embeddings: where the energy score is computed.
+        lpips: network of LPIPS, frozen.
+        draws: M; at least 2 for an energy score.
+        times: outer times that are met in sampling.
+        share: of items whose t is one of `times`; the others are uniform in t.
+        t_min: smallest t.
+    """
+
+    prior: Denoiser
+    weights: Weights = field(default_factory=Weights)
+    embeddings: tuple[Embedding, ...] = ()
+    lpips: nn.Module | None = None
+    draws: int = 2
+    times: tuple[float, ...] = (1.0, 4 / 9, 1 / 9)
+    share: float = 0.7
+    t_min: float = 0.002
+
+    def __post_init__(self) -> None:
+        if self.weights.energy and (self.draws < 2 or not self.embeddings):
+            raise ValueError("an energy score needs at least two draws and an embedding")
+        if self.weights.perceptual and self.lpips is None:
+            raise ValueError("the perceptual term needs the LPIPS network")
+        if not 0 <= self.share <= 1 or not 0 < self.t_min < 1:
+            raise ValueError("share lies in [0, 1] and t_min in (0, 1)")
+
+    def players(self, model: nn.Module) -> dict[str, Iterable[nn.Parameter]]:
+        """See `Objective`; the critic plays where the adversarial term is on."""
+        contest = _contest(model)
+        players: dict[str, Iterable[nn.Parameter]] = {"model": _trainable(contest.network)}
+        if self.weights.adversarial:
+            if contest.critic is None:
+                raise ValueError("the adversarial term needs a critic")
+            players["critic"] = _trainable(contest.critic)
+        return players
+
+    def loss(self, player: str, model: nn.Module, batch: Any, noise: Noise) -> tuple[Tensor, dict[str, float]]:
+        """See `Objective`; `batch` holds "x0", (B, *event), and "likelihood", of B measurements."""
+        contest = _contest(model)
+        with torch.set_grad_enabled(player == "model"):
+            turn = self.play(contest, batch["x0"], batch["likelihood"], noise)
+        if player == "critic":
+            assert contest.critic is not None
+            real = repeat(turn.x0, self.draws)
+            return critic_loss(contest.critic, real, turn.draws, turn.condition(), self.weights.r1).mean(), {}
+        terms = {name: term(self, turn).mean() for name, term in TERMS.items() if getattr(self.weights, name)}
+        total = torch.stack([getattr(self.weights, name) * value for name, value in terms.items()]).sum()
+        return total, {name: float(value.detach()) for name, value in terms.items()}
+
+    def play(self, contest: Contest, x0: Tensor, likelihood: Likelihood, noise: Noise) -> Turn:
+        """Return draws of the network for a random t and everything that the terms need."""
+        t = self.sample_times(noise, x0)
+        alpha, sigma = self.prior.schedule(t)
+        x_t = like(alpha, x0) * x0 + like(sigma, x0) * noise.randn_like(x0)
+        problem = Posterior(self.prior, likelihood).expand(self.draws)
+        streams = Noise.spawn(noise.seeds, range(self.draws), noise.dtype, noise.device)
+        draws = contest.network(problem, repeat(x_t, self.draws), t.repeat(self.draws), streams)
+        return Turn(contest, likelihood, draws, x0, sigma / alpha)
+
+    def sample_times(self, noise: Noise, x0: Tensor) -> Tensor:
+        """Return one time per item, (B,)."""
+        chosen = torch.tensor(self.times, dtype=x0.dtype, device=x0.device)
+        index = (noise.rand() * len(self.times)).long().clamp_max(len(self.times) - 1)
+        uniform = self.t_min + (1 - self.t_min) * noise.rand()
+        return torch.where(noise.rand() < self.share, chosen[index.to(x0.device)], uniform.to(x0)).to(x0)
+
+
+class Turn(NamedTuple):
+    """One play: the draws, (M B, *event), for B measurements of x0, and the ratio of their x_t, (B,)."""
+
+    contest: Contest
+    likelihood: Likelihood
+    draws: Tensor
+    x0: Tensor
+    ratio: Tensor
+
+    @property
+    def per_item(self) -> int:
+        """M."""
+        return len(self.draws) // len(self.x0)
+
+    def condition(self) -> tuple[Tensor, Tensor]:
+        """Return what the critic knows of every draw: E[x_0 | y] under a standard normal prior, and the ratio of x_t."""
+        with torch.no_grad():
+            back = self.likelihood.prox(torch.zeros_like(self.x0), torch.ones_like(self.ratio))
+        return repeat(back, self.per_item), self.ratio.repeat(self.per_item)
+
+
+def repeat(x: Tensor, count: int) -> Tensor:
+    """Return (B, ...) `count` times, draw by draw."""
+    return x.repeat(count, *[1] * (x.ndim - 1))
+
+
+def _energy(o: UD2M, turn: Turn) -> Tensor:
+    scores = []
+    for embed in o.embeddings:
+        with torch.no_grad():
+            truth = embed(turn.x0, turn.likelihood)
+        scores.append(energy_score(embed(turn.draws, turn.likelihood), truth, turn.per_item, o.weights.spread))
+    return torch.stack(scores).sum(0)
+
+
+def _perceptual(o: UD2M, turn: Turn) -> Tensor:
+    assert o.lpips is not None
+    with torch.no_grad():
+        truth = [repeat(part, turn.per_item) for part in lpips_features(o.lpips, turn.x0)]
+    return lpips_distance(lpips_features(o.lpips, turn.draws), truth)
+
+
+def _noise(o: UD2M, turn: Turn) -> Tensor:
+    weight = turn.ratio.square().reciprocal().clamp_max(o.weights.noise_cap).repeat(turn.per_item)
+    error = turn.draws - repeat(turn.x0, turn.per_item)
+    return weight * item_dot(error, error) / turn.x0[0].numel()
+
+
+def _adversarial(o: UD2M, turn: Turn) -> Tensor:
+    assert turn.contest.critic is not None
+    return generator_loss(turn.contest.critic(turn.draws, *turn.condition()))
+
+
+TERMS = {"energy": _energy, "perceptual": _perceptual, "noise": _noise, "adversarial": _adversarial}
+
+
+def _contest(model: nn.Module) -> Contest:
+    if not isinstance(model, Contest):
+        raise TypeError(f"this objective trains a Contest of network and critic, not a {type(model).__name__}")
+    return model
+
+
+def _trainable(module: nn.Module) -> list[nn.Parameter]:
+    return [p for p in module.parameters() if p.requires_grad]

@@ -1,0 +1,168 @@
+"""The recipe of a trained posterior sampler of photographs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+
+from fewstep.data import CropShape, RandomCrops, list_images, load_image
+from fewstep.measurements import Family, SimulatedMeasurements
+from fewstep.metrics import LPIPS_VARIABLE, Missing, lpips_net
+from fewstep.objectives.adversarial import Critic, CriticConfig
+from fewstep.objectives.embeddings import Patches
+from fewstep.objectives.ud2m import UD2M, Contest, Weights
+from fewstep.priors.loaders import load_prior
+from fewstep.priors.unet import UNetDenoiser
+from fewstep.recipes import build
+from fewstep.recipes.sampling import SamplingFigures
+from fewstep.training import Trainer, TrainingOptions
+from fewstep.unfolded.decoders import AdaptedDecoder, ContextDecoder
+from fewstep.unfolded.levels import LevelConfig
+from fewstep.unfolded.lora import LoRAConfig
+from fewstep.unfolded.network import UnfoldedConfig, UnfoldedNetwork
+from fewstep.unfolded.store import save_adapter, save_network
+
+# a copy of the prior as it is, or one that also sees the context; trained as a whole, or through LoRA
+DECODERS: dict[str, type[AdaptedDecoder]] = {
+    "full": AdaptedDecoder,
+    "context": ContextDecoder,
+    "lora": AdaptedDecoder,
+    "lora-context": ContextDecoder,
+}
+
+
+@dataclass(frozen=True)
+class UD2MRecipe:
+    """How an unfolded network was trained.
+
+    Attributes:
+        prior: name or folder of the prior that it starts from.
+        holdout: images kept for validation, the last ones in sorted order.
+        decoder: "full" or "context" (a copy of the prior that also sees what the context is) train the whole copy, "lora" or
+            "lora-context" train additions of low rank.
+        network: fields of `UnfoldedConfig`, "levels" holding those of `LevelConfig`.
+        weights: fields of `objectives.ud2m.Weights`.
+        objective: draws, times, share and t_min of `objectives.ud2m.UD2M`.
+        patches: fields of `objectives.embeddings.Patches`.
+        lpips: trunk of the perceptual term, "vgg" or "alex"; its weights are found as `metrics.lpips_net` says.
+        critic: fields of `CriticConfig`.
+        crops: batch shapes, in turn: [[count, size], ...].
+        families: the operators, fields of `measurements.Family` each.
+        training: fields of `TrainingOptions`.
+        validation: fields of `SamplingFigures`.
+        lora: fields of `LoRAConfig`, for a decoder that is trained through LoRA.
+        checkpointing: recompute the iterations in the backward pass, so that memory does not grow with K.
+        licence: of the trained weights, an SPDX name for the card.
+    """
+
+    prior: str
+    holdout: int
+    network: Mapping[str, Any]
+    weights: Mapping[str, Any]
+    crops: Sequence[Sequence[int]]
+    families: Sequence[Mapping[str, Any]]
+    training: Mapping[str, Any]
+    validation: Mapping[str, Any]
+    decoder: str = "context"
+    objective: Mapping[str, Any] = field(default_factory=dict)
+    patches: Mapping[str, Any] = field(default_factory=dict)
+    lpips: str = "vgg"
+    critic: Mapping[str, Any] = field(default_factory=dict)
+    lora: Mapping[str, Any] | None = None
+    checkpointing: bool = False
+    licence: str = "unknown"
+
+    def __post_init__(self) -> None:
+        if self.decoder not in DECODERS:
+            raise ValueError(f"unknown decoder {self.decoder!r}; choose one of {', '.join(DECODERS)}")
+        if self.lora is not None and "lora" not in self.decoder:
+            raise ValueError(f"decoder {self.decoder!r} takes no lora; choose lora or lora-context")
+
+    def trainer(self, data: str | Path, out: str | Path, steps: int | None = None) -> Trainer:
+        """Return the trainer on the images in `data`, writing to `out`.
+
+        The sampler goes to `out`/sampler, and what LoRA adds to the prior to `out`/adapter.
+        """
+        options = build(TrainingOptions, self.training, "training")
+        options = options if steps is None else replace(options, steps=steps)
+        families = tuple(build(Family, entry, "families") for entry in self.families)
+        device = PartialState().device
+        prior = load_prior(self.prior).to(device)
+        objective, network = self.losses(prior, device), self.unfolded(prior, options.seed)
+        images = [load_image(path) for path in list_images(data)]
+        if not 0 < self.holdout < len(images):
+            raise ValueError(f"holdout is {self.holdout}, but {data} has {len(images)} images")
+        crops = RandomCrops(images[: -self.holdout], tuple(CropShape(*s) for s in self.crops), options.seed)
+        figures = build(SamplingFigures, self.validation, "validation")
+        facts = {
+            "prior": self.prior,
+            "recipe": {"kind": "ud2m", **asdict(self)},
+            "data": f"{len(images)} photographs, of which the last {self.holdout} in sorted order were held out",
+            "command": f"fewstep train recipe.yaml {Path(data).name} --out {Path(out).name} --steps {options.steps}",
+            "licence": self.licence,
+        }
+        return Trainer(
+            model=Contest(network, self._critic(objective, options.seed)),
+            objective=objective,
+            data=SimulatedMeasurements(crops, families, str(device)),
+            out=Path(out),
+            options=options,
+            validate=figures.on(images[-self.holdout :], families, prior, str(device)),
+            export=partial(_export, out=Path(out), prior=prior, facts=facts),
+            describe={**_numbers(self), "training": {"seed": options.seed}},
+        )
+
+    def unfolded(self, prior: Any, seed: int) -> UnfoldedNetwork:
+        """Return the network before training; every process draws the same weights."""
+        if not isinstance(prior, UNetDenoiser):
+            raise ValueError(f"a {type(prior).__name__} cannot be adapted by this recipe; it takes a UNetDenoiser")
+        given = dict(self.network)
+        levels = build(LevelConfig, given.pop("levels", {}), "levels")
+        config = build(UnfoldedConfig, {**given, "levels": levels}, "network")
+        lora = build(LoRAConfig, self.lora or {}, "lora") if "lora" in self.decoder else None
+        kind = DECODERS[self.decoder]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            network = UnfoldedNetwork(config, kind(prior.with_context(kind.IMAGES), lora))
+        network.checkpointing = self.checkpointing
+        return network
+
+    def losses(self, prior: Any, device: torch.device | str = "cpu") -> UD2M:
+        """Return the objective; ValueError where the weights of LPIPS are asked for and missing."""
+        weights = build(Weights, self.weights, "weights")
+        try:
+            lpips = copy.deepcopy(lpips_net(self.lpips)).to(device) if weights.perceptual else None
+        except Missing as reason:
+            raise ValueError(
+                f"the perceptual term needs the LPIPS weights of {self.lpips}: set {LPIPS_VARIABLE} to their file or folder, or the "
+                f"recipe's weights.perceptual to 0 ({reason})"
+            ) from None
+        patches = (build(Patches, self.patches, "patches"),) if weights.energy else ()
+        fixed = {"prior": prior, "weights": weights, "embeddings": patches, "lpips": lpips}
+        return build(UD2M, {**self.objective, **fixed}, "objective")
+
+    def _critic(self, objective: UD2M, seed: int) -> Critic | None:
+        if not objective.weights.adversarial:
+            return None
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed + 1)
+            return Critic(build(CriticConfig, self.critic, "critic"))
+
+
+def _numbers(recipe: UD2MRecipe) -> dict[str, Any]:
+    """Return the fields that a run shares with the one that resumes it: all that change its numbers."""
+    return {name: value for name, value in asdict(recipe).items() if name not in ("checkpointing", "licence")}
+
+
+def _export(contest: Any, out: Path, prior: UNetDenoiser, facts: Mapping[str, Any]) -> None:
+    network = contest.network
+    save_network(network, out / "sampler", facts)
+    if network.decoder.lora is not None:
+        save_adapter(network, prior, out / "adapter", facts)

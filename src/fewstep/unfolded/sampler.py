@@ -1,0 +1,97 @@
+"""Outer steps around an unfolded network: N of them make a sampler of p(x | y) at K N network calls."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from torch import Tensor
+
+from fewstep.core.kernel import KERNELS
+from fewstep.core.noise import Noise
+from fewstep.core.problem import Posterior
+from fewstep.core.reference import Reference
+from fewstep.core.sampler import GuidedSampler, State
+from fewstep.core.schedule import Schedule
+from fewstep.unfolded.network import UnfoldedNetwork
+
+UD2M_REFERENCE = Reference(
+    "Learning few-step posterior samplers by unfolding and distillation of diffusion models",
+    "Kemajou Mbakam, Charlesquin and Spence, Jonathan and Pereyra, Marcelo",
+    2025,
+    "Transactions on Machine Learning Research",
+    "2507.02686",
+)
+
+
+class UnfoldedSampler(GuidedSampler):
+    """A guided sampler whose prediction is one run of an unfolded network.
+
+    Attributes:
+        kernel: name of the step from t to s, one of `KERNELS`.
+    """
+
+    kernel: str
+
+    needs: ClassVar = frozenset({"prox"})
+    prediction: ClassVar = "draw"
+    reference: ClassVar = UD2M_REFERENCE
+
+    @abstractmethod
+    def unfolded(self) -> UnfoldedNetwork:
+        """Return the network."""
+
+    @property
+    @abstractmethod
+    def folder(self) -> Path | None:
+        """Where the trained network lies; None for one in memory or untrained."""
+
+    @property
+    def nfe(self) -> int:
+        """See `Sampler`; K calls per outer step."""
+        return self.steps * self.unfolded().iterations
+
+    def predict_x0(self, problem: Posterior, x_t: Tensor, t: Tensor, noise: Noise) -> Tensor:
+        """See `GuidedSampler`."""
+        return self.unfolded()(problem, x_t, t, noise)
+
+    def estimate(self, problem: Posterior, state: State, t: Tensor, noise: Noise) -> Tensor:
+        """See `GuidedSampler`; the network may start from the previous estimate."""
+        return self.unfolded()(problem, state.x, t, noise, state.memory)
+
+    def shares(self, schedule: Schedule, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        """See `GuidedSampler`."""
+        return KERNELS[self.kernel](schedule, t, s, self.eta)
+
+
+@dataclass(frozen=True)
+class Unfolded(UnfoldedSampler):
+    """A sampler of a network in memory, trained or not.
+
+    Args:
+        network: the network.
+        steps: outer steps N.
+        eta: share of fresh noise; 1 is ancestral, which an exact draw of p(x_0 | y, x_t) asks for.
+        kernel: "bridge", or "one_step" as in the paper's code.
+        grid: spacing of the times.
+    """
+
+    network: UnfoldedNetwork
+    steps: int = 3
+    eta: float = 1.0
+    kernel: str = "bridge"
+    grid: str = "quadratic"
+
+    exact: ClassVar = "biased"
+    limit: ClassVar = "what the network was trained to; exact at any number of steps if it draws from p(x_0 | y, x_t)"
+
+    def unfolded(self) -> UnfoldedNetwork:
+        """See `UnfoldedSampler`."""
+        return self.network
+
+    @property
+    def folder(self) -> None:
+        """See `UnfoldedSampler`."""
+        return None

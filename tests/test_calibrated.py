@@ -1,0 +1,263 @@
+"""Calibrations of a trained sampler: they cover on new images, belong to their weights, and say where they do not hold."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import fewstep.restore as restoring
+from fewstep.bench.log import Log
+from fewstep.calibrated import FILE, Asked, Calibrations, Plan, calibrate, judge, simulated
+from fewstep.commands.calibrating import families_of
+from fewstep.core.sampler import State
+from fewstep.measurements import Family
+from fewstep.methods.ud2m import UD2M
+from fewstep.operators.words import Jpeg, get_operator
+from fewstep.priors.unet import UNetConfig, UNetDenoiser
+from fewstep.restore import Settings, restore
+from fewstep.unfolded.decoders import AdaptedDecoder
+from fewstep.unfolded.levels import LevelConfig
+from fewstep.unfolded.network import UnfoldedConfig, UnfoldedNetwork
+from fewstep.unfolded.sampler import Unfolded, UnfoldedSampler
+from fewstep.unfolded.store import open_network, save_network
+from pictures import PixelPrior
+
+FAMILIES = (
+    Family("denoise", sigma={"low": 0.05, "high": 0.2}),
+    Family(
+        "inpaint-random", fields={"rate": {"low": 0.2, "high": 0.8}, "mask_seed": {"low": 0, "high": 9}}, sigma=0.05
+    ),
+)
+TINY = UNetConfig(widths=(8, 8), layers=1, groups=4)
+SIDE, SAMPLES, NARROW = 16, 8, 0.3
+PLAN = Plan(samples=(2, SAMPLES), crop=SIDE)
+
+
+def photos(count, seed):
+    """Return images of pixels N(0, 0.5^2) in [-1, 1], as `PixelPrior` says; few reach the ends of the range."""
+    x = 0.5 * torch.randn(count, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(seed))
+    return list(((x.clamp(-1, 1) + 1) * 127.5).round().byte())
+
+
+@dataclass(frozen=True)
+class Narrow(UnfoldedSampler):
+    """The exact posterior of `PixelPrior` with its spread multiplied by `NARROW`, for weights that lie in `place`."""
+
+    place: str
+    steps: int = 1
+    eta: float = 1.0
+    kernel: str = "bridge"
+    grid: str = "quadratic"
+
+    exact: ClassVar = "biased"
+    limit: ClassVar = "nothing"
+
+    def unfolded(self):
+        raise NotImplementedError
+
+    @property
+    def nfe(self):
+        return 1
+
+    @property
+    def folder(self):
+        return Path(self.place)
+
+    def estimate(self, problem, state: State, t, noise):
+        likelihood, zero = problem.likelihood, torch.zeros_like(state.x)
+        mean = likelihood.prox(zero, 0.5)
+        return mean + NARROW * (likelihood.draw(zero, 0.5, noise) - mean)
+
+
+@pytest.fixture
+def sampler(tmp_path):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        prior = UNetDenoiser(TINY)
+    network = UnfoldedNetwork(UnfoldedConfig(LevelConfig(1)), AdaptedDecoder(prior))
+    save_network(network, tmp_path / "sampler", {"prior": "natural"})
+    return Narrow(str(tmp_path / "sampler"))
+
+
+@pytest.fixture
+def found(sampler):
+    return calibrate(sampler, PixelPrior(), photos(24, seed=1), FAMILIES, PLAN)
+
+
+def covered(sampler, calibration, family):
+    """Return the coverage of the calibrated and of the plain intervals on new photographs."""
+    pairs = list(
+        simulated(sampler, PixelPrior(), photos(60, seed=2), (family,), Plan(samples=(SAMPLES,), crop=SIDE, seed=5))
+    )
+    inside = []
+    for samples, truth in pairs:
+        ends = calibration.apply(samples), samples.interval(calibration.level)
+        inside.append([float(((low <= truth) & (truth <= high)).double().mean()) for low, high in ends])
+    return np.mean(inside, axis=0), np.std(inside, axis=0) / len(inside) ** 0.5
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.word)
+def test_a_narrow_sampler_covers_again_on_new_photographs(sampler, found, family):
+    calibration = found.find(Asked(get_operator(family.word)(), 0.05, SAMPLES, 0.9))
+    (calibrated, plain), (error, _) = covered(sampler, calibration, family)
+    assert 0.9 - 4 * error < calibrated < 0.9 + 2 * PLAN.worst / 25 + 4 * error + 0.01
+    assert plain < 0.6 and calibration.factor > 2
+
+
+def test_a_file_holds_everything(found, sampler):
+    path = found.save(sampler.folder)
+    assert Calibrations.load(sampler.folder) == found and path.name == FILE
+    assert [(word, c.num_samples) for word, c in found.entries] == [(f.word, k) for f in FAMILIES for k in (2, SAMPLES)]
+    assert found.outer == {"steps": 1, "eta": 1.0, "kernel": "bridge", "grid": "quadratic"}
+
+
+def test_calibrations_of_other_weights_are_refused(found, sampler):
+    found.save(sampler.folder)
+    asked = Asked(get_operator("denoise")(), 0.1, SAMPLES, 0.9)
+    assert judge(sampler, asked).calibration is not None
+    network = UnfoldedNetwork(UnfoldedConfig(LevelConfig(2)), AdaptedDecoder(UNetDenoiser(TINY)))
+    save_network(network, sampler.folder, {"prior": "natural"})
+    with pytest.raises(ValueError, match="other weights"):
+        Calibrations.load(sampler.folder)
+    verdict = judge(sampler, asked)
+    assert verdict.calibration is None and "other weights" in verdict.text
+
+
+@pytest.mark.parametrize("damage", ["", "{}", '{"format": "fewstep.calibrations"}', "[]"])
+def test_a_damaged_file_is_refused(sampler, damage):
+    (sampler.folder / FILE).write_text(damage)
+    with pytest.raises(ValueError, match="cannot be read"):
+        Calibrations.load(sampler.folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [({"num_samples": 3}, "calibrated for 2 samples at level 0.9 or 8"), ({"level": 0.8}, "8 samples at level 0.9")],
+)
+def test_another_level_or_number_of_samples_is_refused(found, sampler, change, said):
+    found.save(sampler.folder)
+    verdict = judge(sampler, Asked(get_operator("denoise")(), 0.1, SAMPLES, 0.9)._replace(**change))
+    assert verdict.calibration is None and verdict.outside == () and said in verdict.text
+
+
+def test_other_outer_steps_are_refused(found, sampler):
+    found.save(sampler.folder)
+    asked = Asked(get_operator("denoise")(), 0.1, SAMPLES, 0.9)
+    for change in ({"steps": 2}, {"eta": 0.5}, {"kernel": "one_step"}, {"grid": "uniform"}):
+        verdict = judge(replace(sampler, **change), asked)
+        assert verdict.calibration is None and f"calibrated with {next(iter(change))}" in verdict.text
+
+
+def test_operators_outside_of_the_card_are_flagged(found, sampler):
+    found.save(sampler.folder)
+    far = judge(sampler, Asked(get_operator("inpaint-random")(rate=0.9), 0.05, SAMPLES, 0.9))
+    assert (
+        far.calibration is not None and far.outside == ("rate 0.9 (0.2 to 0.8)",) and "nothing is promised" in far.text
+    )
+    noisy = judge(sampler, Asked(get_operator("denoise")(), 0.4, SAMPLES, 0.9))
+    assert noisy.outside == ("sigma 0.4 (0.05 to 0.2)",)
+    unknown = judge(sampler, Asked(get_operator("sr")(), 0.05, SAMPLES, 0.9))
+    assert unknown.calibration is None and unknown.outside == ("no sr among the operators of training",)
+
+
+def test_nothing_is_said_of_what_is_no_trained_network_on_disk(sampler):
+    asked = Asked(get_operator("denoise")(), 0.1, SAMPLES, 0.9)
+    network = open_network(str(sampler.folder))
+    assert judge(UD2M(), asked) is None and judge(Unfolded(network), asked) is None
+    assert "no calibration.json" in judge(sampler, asked).text
+    with pytest.raises(ValueError, match="save the network"):
+        calibrate(Unfolded(network), PixelPrior(), photos(24, 1), FAMILIES, PLAN)
+
+
+def test_a_family_holds_what_it_draws():
+    rng = np.random.default_rng(0)
+    for family in families_of("natural-general"):
+        for _ in range(20):
+            assert family.outside(*family.draw(rng)) == ()
+    with pytest.raises(ValueError, match="no families"):
+        families_of("natural")
+
+
+@pytest.mark.parametrize("quality", [7, 30, 95])
+def test_a_jpeg_file_shows_its_quality(quality):
+    y = Jpeg(quality, "4:2:2").simulate(torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
+    assert Jpeg().seen(y) == Jpeg(quality, "4:2:2")
+
+
+def run(path, folder, sampler, monkeypatch, **changes):
+    monkeypatch.setattr(restoring, "build_sampler", lambda chosen: sampler)
+    chosen = Settings(**{"operator": "denoise", "sigma": 0.1, "samples": SAMPLES, "simulate": True, **changes})
+    return restore(path, folder, chosen, prior=PixelPrior())
+
+
+def test_restore_uses_what_lies_beside_the_weights(found, sampler, tmp_path, monkeypatch):
+    path = tmp_path / "p.png"
+    Image.fromarray(photos(1, 3)[0].permute(1, 2, 0).numpy()).save(path)
+    before = run(path, tmp_path / "a", sampler, monkeypatch).record
+    assert not before["calibrated"] and "no calibration.json" in before["intervals"] and before["coverage90"] < 0.6
+    found.save(sampler.folder)
+    after = run(path, tmp_path / "b", sampler, monkeypatch)
+    assert after.record["calibrated"] and after.record["outside_card"] == [] and after.record["coverage90"] > 0.85
+    assert after.record["intervals"] == "calibrated on 24 photographs of 16 pixels, family denoise"
+    page = (tmp_path / "b" / "report.html").read_text()
+    assert "calibrated on 24 photographs" in page and "read the intervals as its own" not in page
+    loud = run(path, tmp_path / "c", sampler, monkeypatch, sigma=0.5).record
+    assert loud["calibrated"] and loud["outside_card"] == ["sigma 0.5 (0.05 to 0.2)"]
+    assert "outside the card" in (tmp_path / "c" / "report.html").read_text()
+    few = run(path, tmp_path / "d", sampler, monkeypatch, samples=4).record
+    assert not few["calibrated"] and "8 samples" in few["intervals"]
+
+
+def test_grey_photographs_are_not_calibrated(found, sampler, tmp_path, monkeypatch):
+    found.save(sampler.folder)
+    Image.fromarray(photos(1, 3)[0][0].numpy()).save(tmp_path / "g.png")
+    record = run(tmp_path / "g.png", tmp_path / "out", sampler, monkeypatch).record
+    assert not record["calibrated"] and "grey" in record["outside_card"]
+
+
+def test_the_table_reports_calibrated_coverage_and_knows_the_weights(found, sampler, tmp_path):
+    from fewstep.bench import images
+    from fewstep.bench.common import Variant
+    from fewstep.bench.tasks import Task
+
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i, photo in enumerate(photos(3, 4)):
+        Image.fromarray(photo.permute(1, 2, 0).numpy()).save(folder / f"{i}.png")
+    paths = sorted(folder.iterdir())
+    task = Task(get_operator("denoise")(), 0.1)
+    setup = images.Setup(PixelPrior(), SAMPLES, crop=SIDE)
+    entry, log = Variant("narrow", "", sampler), Log(None, "mark")
+    plain = images.row_key(paths[0], task, entry, setup)
+    found.save(sampler.folder)
+    assert images.row_key(paths[0], task, entry, setup) != plain
+    for i, path in enumerate(paths):
+        images.run_image(path, i, {"denoise": task}, [entry], setup, log)
+    row = images.Table(task, setup, paths, log).rows([entry])[1]
+    assert row["coverage"] < 0.6 and row[images.CALIBRATED] > 0.85 and "family denoise" in row["remark"]
+
+
+def test_the_command_writes_the_file_beside_the_weights(tmp_path, sampler, monkeypatch):
+    from typer.testing import CliRunner
+
+    import fewstep.commands.calibrating as command
+    from fewstep.cli import app
+
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i, photo in enumerate(photos(6, 4)):
+        Image.fromarray(photo.permute(1, 2, 0).numpy()).save(folder / f"{i}.png")
+    monkeypatch.setattr(command, "families_of", lambda recipe: FAMILIES[:1])
+    words = ["calibrate", str(sampler.folder), str(folder), "--level", "0.8", "--samples", "2", "--samples", "3"]
+    result = CliRunner().invoke(app, [*words, "--limit", "5", "--crop", "16", "--set", "steps=1", "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    found = Calibrations.load(sampler.folder)
+    assert [(c.num_samples, c.images, c.level) for _, c in found.entries] == [(2, 5, 0.8), (3, 5, 0.8)]
+    assert found.outer["steps"] == 1 and json.loads((sampler.folder / FILE).read_text())["crop"] == 16
