@@ -17,7 +17,7 @@ LAYERS = (
     {"core"},
     {"images", "data", "metrics", "store", "uncertainty"},  # files and numbers, on core alone
     {"priors", "operators", "methods", "solvers", "unfolded"},
-    {"objectives", "testing", "options", "measurements", "calibrated", "deepinv_model"},
+    {"objectives", "testing", "options", "measurements", "calibrated", "deepinv_model", "tuning"},
     {"densities", "checkpoints", "training", "recipes", "report", "outputs", "task", "restore"},
     {"bench", "commands"},
     {"cli", "app"},

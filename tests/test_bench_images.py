@@ -105,6 +105,8 @@ def test_distances_are_columns_and_are_resumed_from_kept_images(folder, given, t
     assert len(missing) == 1 and poorer[missing[0]]["PSNR mean"] == rows[missing[0]]["PSNR mean"]
     plain = next(iter(images.main(folder, out, **given).tables.values()))
     assert FRECHET not in plain[0] and len(plain) == 2
+    with pytest.raises(ValueError, match="do not fit the crops of sr2"):
+        images.main(folder, features="any", **(given | {"crop": 62}))
 
 
 def test_a_log_keeps_images_in_eight_bits(tmp_path):
@@ -166,9 +168,7 @@ def test_tasks_beyond_training(tmp_path, given, folder):
     )
     assert [title.partition(":")[0] for title in report.tables] == names
     for rows in report.tables.values():
-        assert (
-            rows[1]["nfe"] == 1 and rows[1]["images"] == 1 and rows[1]["remark"] is None or "LPIPS" in rows[1]["remark"]
-        )
+        assert rows[1]["nfe"] == 1 and rows[1]["images"] == 1 and "failed" not in (rows[1]["remark"] or "")
 
 
 def test_random_sensing_has_orthonormal_rows():
@@ -180,7 +180,7 @@ def test_random_sensing_has_orthonormal_rows():
     assert float((physics.A(x) * y).sum()) == pytest.approx(float((x * physics.A_adjoint(y)).sum()), rel=1e-4)
     rows = physics.A_adjoint(torch.eye(12).reshape(12, 1, 4, 3).expand(-1, 3, -1, -1)).abs()
     assert float(rows.amax((2, 3)).max()) < 0.7  # every coefficient sees many pixels
-    assert float((rows > 1e-3).float().mean()) > 0.9
+    assert float((rows > 1e-3).float().mean()) > 0.8
     assert operator.image_shape(y) == (3, 8, 6) and operator.fit((3, 9, 7)) == (3, 8, 6)
     likelihood = operator.likelihood(operator.simulate(x[:1], 0.01), sigma=0.01)
     close = likelihood.prox(torch.zeros(1, 3, 8, 6), 100.0)

@@ -18,7 +18,7 @@ from fewstep.core.registry import available, get
 from fewstep.operators.words import get_operator, operators
 from pictures import PixelPrior, write_png
 
-FEW = ["--operator", "denoise", "--sigma", "0.1", "--samples", "2", "--steps", "3"]
+FEW = ["--method", "latino", "--operator", "denoise", "--sigma", "0.1", "--samples", "2", "--steps", "3"]
 
 
 @pytest.fixture(autouse=True)
@@ -235,7 +235,7 @@ def test_bench_table(fewstep, tmp_path):
 
 
 def test_help_of_every_command(fewstep):
-    for command in ("restore", "simulate", "methods", "operators", "cite", "train-prior", "bench", "doctor"):
+    for command in ("restore", "simulate", "methods", "operators", "cite", "train", "train-prior", "bench", "doctor"):
         code, out, _ = fewstep(command, "--help")
         assert code == 0 and "Usage" in out
 

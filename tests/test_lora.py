@@ -130,7 +130,8 @@ def test_an_adapter_and_the_merged_network_are_the_same_sampler(prior, problem, 
     net = network(prior, kind, trained=0.1)
     for p in net.parameters():
         p.data = p.data.half().float()
-    facts = {"prior": str(tmp_path / "prior"), "licence": "Apache-2.0", "command": "fewstep train x", "data": "three cats"}
+    said = {"licence": "Apache-2.0", "command": "fewstep train x", "data": "three cats"}
+    facts = {"prior": str(tmp_path / "prior"), **said}
     prior.save(tmp_path / "prior")
     save_adapter(net, prior, tmp_path / "adapter", facts)
     save_network(net, tmp_path / "net")
@@ -150,8 +151,8 @@ def test_an_adapter_and_the_merged_network_are_the_same_sampler(prior, problem, 
     trainable = sum(p.numel() for p in net.parameters() if p.requires_grad)
     assert header["parameters"] == trainable
     card = (tmp_path / "adapter/README.md").read_text()
-    for said in ("Apache-2.0", "three cats", "fewstep train x", header["sha256"], header["prior_sha256"]):
-        assert said in card
+    for fact in (*said.values(), header["sha256"], header["prior_sha256"]):
+        assert fact in card
 
 
 def test_an_adapter_refuses_another_prior(prior, tmp_path):
@@ -188,7 +189,7 @@ def test_what_is_refused(prior, tmp_path):
     save_adapter(network(prior), prior, tmp_path / "adapter")
     header = json.loads((tmp_path / "adapter/config.json").read_text())
     (tmp_path / "adapter/config.json").write_text(json.dumps({**header, "decoder": "ContextDecoder"}))
-    with pytest.raises(ValueError, match="does not fit|do not fit"):
+    with pytest.raises(ValueError, match="do not fit"):
         load_network(tmp_path / "adapter", prior)
 
 

@@ -17,7 +17,7 @@ import fewstep.restore as module
 from fewstep.core.samples import Samples
 from fewstep.operators.grey import luma
 from fewstep.restore import Settings, restore, restore_folder
-from fewstep.task import command_line
+from fewstep.task import build_sampler, command_line
 from pictures import PixelPrior, pixels, write_png
 
 FEW = {"steps": "4"}
@@ -26,7 +26,8 @@ FILES |= {"samples.safetensors", "report.html", "result.json"}
 
 
 def settings(**changes):
-    return Settings(**{"operator": "denoise", "sigma": 0.1, "samples": 3, "method_fields": FEW, **changes})
+    quick = {"operator": "denoise", "sigma": 0.1, "samples": 3, "method": "latino", "method_fields": FEW}
+    return Settings(**{**quick, **changes})
 
 
 def run(path, folder, progress=None, **changes):
@@ -55,6 +56,20 @@ def test_outputs(tmp_path):
     unit = ((samples.x + 1) / 2).clamp(0, 1)
     assert torch.allclose(result.summary.mean, unit.mean(0)) and torch.allclose(result.summary.std, unit.std(0))
     assert "psnr_mean" not in record and not (tmp_path / "out" / "truth.png").exists()
+
+
+def test_the_default_is_the_trained_sampler_of_the_prior(tmp_path):
+    assert Settings().method == "ud2m" and Settings(prior=str(tmp_path)).method == "latino"
+    result = run(write_png(tmp_path), tmp_path, method="", method_fields={"steps": 1})
+    assert result.record["method"]["name"] == "ud2m" and result.record["nfe"] == 3
+    assert result.record["method"]["network"] == "natural-general"
+
+
+def test_a_trained_sampler_does_not_stand_in_for_another_prior():
+    with pytest.raises(ValueError, match=r"belongs to the prior 'natural'.*--method latino"):
+        build_sampler(Settings(method="ud2m", prior="elsewhere"))
+    untrained = build_sampler(Settings(method="ud2m", preset="consistent", prior="elsewhere"))
+    assert untrained.folder is None
 
 
 def test_simulation_is_scored(tmp_path, monkeypatch):

@@ -226,4 +226,4 @@ def test_training_moves_towards_the_posterior_and_a_planted_collapse_does_not():
     collapsed = trial.distances(trial.posterior.mean.reshape(1, 6, 4).expand(400, -1, -1))
     assert after["mean error"] < 0.9 * before["mean error"] and after["SW/floor"] < 0.9 * before["SW/floor"]
     assert 0.8 < after["observed"] < 1.25 < before["observed"]
-    assert collapsed["null space"] == 0 and collapsed["SW/floor"] > after["SW/floor"]
+    assert collapsed["null space"] < 1e-9 and collapsed["SW/floor"] > after["SW/floor"]

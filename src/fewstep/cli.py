@@ -62,14 +62,14 @@ def restore(  # noqa: PLR0913, PLR0917 - one parameter is one option
     """
     from fewstep.commands.restoring import run
     from fewstep.options import assignments
-    from fewstep.task import DEFAULT_METHOD, Settings
+    from fewstep.task import Settings
 
     fields: dict[str, Any] = {**({"steps": steps} if steps is not None else {}), **assignments(assign or [])}
     chosen = Settings(
         operator=operator,
         operator_fields=operator_options(context),
         sigma=sigma,
-        method=method or DEFAULT_METHOD,
+        method=method or "",
         preset=preset,
         method_fields=fields,
         samples=samples,
@@ -142,7 +142,7 @@ def doctor() -> None:
 @app.command()
 def train(
     recipe: Annotated[str, typer.Argument(help="A recipe: a .yaml file, or the name of a shipped one.")],
-    data: Annotated[Path, typer.Argument(help="Folder of photographs.")],
+    data: Annotated[Path, typer.Argument(help="Folder of photographs, or the file of digits.")],
     out: Annotated[Path, typer.Option(help="Folder for checkpoints and what is trained.")],
     steps: Annotated[int | None, typer.Option(help="Steps, instead of those of the recipe.")] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in --out.")] = True,
@@ -169,6 +169,66 @@ def train_prior(
     from fewstep.recipes import train_prior as run
 
     run(recipe, data, out, steps, resume)
+
+
+Size = Annotated[int | None, typer.Option(help="Height and width, where the prior takes any; 64 if absent.")]
+Label = Annotated[int | None, typer.Option("--cond", help="Class, for a prior that knows classes.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; a GPU where there is one.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar.")]
+
+
+@app.command()
+def sample(  # noqa: PLR0913, PLR0917 - one parameter is one option
+    prior: Annotated[str, typer.Argument(help="Name or folder of the prior.")],
+    solver: Annotated[
+        str | None, typer.Option(help="See `fewstep methods --kind solvers`; that of the schedule, or dpmpp.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of the solver.")] = None,
+    assign: Annotated[list[str] | None, typer.Option("--set", help="field=value of the solver; repeatable.")] = None,
+    num: Annotated[int, typer.Option(help="How many samples.")] = 16,
+    seed: Annotated[int, typer.Option(help="Sample k depends on the seed and k alone.")] = 0,
+    label: Label = None,
+    size: Size = None,
+    schedule: Annotated[Path | None, typer.Option(help="A file of `fewstep tune`: solver, settings and times.")] = None,
+    chunk: Annotated[int, typer.Option(help="Samples that go through the network at once.")] = 64,
+    out: Annotated[Path | None, typer.Option(help="Folder for samples.safetensors and sampling.json.")] = None,
+    grid_image: Annotated[Path | None, typer.Option(help="PNG of all samples side by side.")] = None,
+    device: Device = None,
+    quiet: Quiet = False,
+) -> None:
+    """Draw samples of a prior in a few network calls."""
+    from fewstep.commands.sampling import Drawing, Source, sample
+    from fewstep.options import assignments
+
+    drawing = Drawing(solver, steps, assignments(assign or []), schedule, num, seed, chunk)
+    source = Source(prior, size, label, device)
+    sample(source, drawing, console, out=out, grid_image=grid_image, quiet=quiet)
+
+
+@app.command()
+def tune(  # noqa: PLR0913, PLR0917 - one parameter is one option
+    prior: Annotated[str, typer.Argument(help="Name or folder of the prior.")],
+    out: Annotated[Path, typer.Option(help="File of the schedule, .json.")],
+    method: Annotated[str, typer.Option(help="ays, ggdm or s3.")] = "ggdm",
+    steps: Annotated[int, typer.Option(help="Steps of the schedule.")] = 10,
+    solver: Annotated[str, typer.Option(help="What the times are for; s3 finds its own.")] = "dpmpp",
+    assign: Annotated[list[str] | None, typer.Option("--set", help="field=value of the method; repeatable.")] = None,
+    seed: Annotated[int, typer.Option(help="Of everything drawn.")] = 0,
+    label: Label = None,
+    size: Size = None,
+    device: Device = None,
+    quiet: Quiet = False,
+) -> None:
+    """Fit a schedule to a prior and a number of steps, for `fewstep sample --schedule`.
+
+    Interrupted, it goes on where it stopped when it is started again with the same --out.
+    """
+    from fewstep.commands.sampling import Source, tune
+    from fewstep.options import assignments
+
+    fields = assignments(assign or [])
+    source = Source(prior, size, label, device)
+    tune(source, method, steps, out, console, solver=solver, seed=seed, fields=fields, quiet=quiet)
 
 
 @app.command()
@@ -211,6 +271,7 @@ _bench("gaussian", "Distance to the exact posterior of Gaussian problems.")
 _bench("mixture", "Distance to the exact posterior of mixture problems.")
 _bench("denoise", "PSNR of a prior as a denoiser.")
 _bench("images", "PSNR, SSIM, LPIPS and coverage on photographs.")
+_bench("unfolded", "UD2M before and after training, on mixtures with known posteriors.")
 _bench("speed", "Cost of the loop, and deepinv beside it.")
 _bench("startup", "What importing costs, and how soon the command line answers.")
 

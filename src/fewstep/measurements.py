@@ -132,4 +132,5 @@ class SimulatedMeasurements:
         family = self.families[int(rng.choice(len(weights), p=weights / weights.sum()))]
         operator, sigma = family.draw(rng)
         y = operator.simulate(to_unit(x), sigma, int(rng.integers(2**31)))
-        return operator.likelihood(y, tuple(x.shape[1:]), sigma or None)
+        where = {} if isinstance(y, torch.Tensor) else {"device": x.device}  # a file lies nowhere, a tensor beside x
+        return operator.likelihood(y, tuple(x.shape[1:]), sigma or None, **where)

@@ -36,9 +36,9 @@ from fewstep.outputs import (
 from fewstep.priors.windowed import Windowed
 from fewstep.report import Map, Picture, Report, render
 from fewstep.store import SampleStore, Summary
-from fewstep.task import DEFAULT_METHOD, DEFAULT_PRIOR, Settings, Task, build_sampler, command_line, prepare
+from fewstep.task import DEFAULT_PRIOR, Settings, Task, build_sampler, command_line, prepare
 
-__all__ = ["DEFAULT_METHOD", "DEFAULT_PRIOR", "Result", "Settings", "restore", "restore_folder"]
+__all__ = ["DEFAULT_PRIOR", "Result", "Settings", "restore", "restore_folder"]
 
 _HALF = 1 << 28  # numbers in all samples beyond which they are stored in half precision
 

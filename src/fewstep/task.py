@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.core.files import read_header
 from fewstep.core.likelihood import Likelihood
 from fewstep.core.registry import get
 from fewstep.core.sampler import Sampler
@@ -19,8 +20,10 @@ from fewstep.images import Photo
 from fewstep.operators.estimate import estimate_sigma
 from fewstep.operators.words import Operator, get_operator, operators
 from fewstep.options import typed_fields
+from fewstep.unfolded.sampler import UnfoldedSampler
+from fewstep.unfolded.store import available_networks, find_network
 
-DEFAULT_METHOD = "latino"
+TRAINED, UNTRAINED = "ud2m", "latino"  # default methods for a prior with and without a trained sampler
 DEFAULT_PRIOR = "natural"
 PHOTO, PAPER = "photo", "paper"  # a method's settings for photographs, where it has some, go before the paper's
 QUANTISATION = 1 / 255 / math.sqrt(12)  # standard deviation of the rounding to 8 bits
@@ -35,7 +38,7 @@ class Settings:
         operator: word of the operator, see `fewstep operators`; None for a JPEG file means its own compression.
         operator_fields: fields of the operator, as values or as text.
         sigma: noise standard deviation in [0, 1] units; None lets the operator estimate it where it can.
-        method: name of the sampler.
+        method: name of the sampler; "" takes the trained one where one ships for the prior, LATINO elsewhere.
         preset: named settings of the method; None takes its "photo" where it has one, else its "paper".
         method_fields: fields of the method, as values or as text; they go before the preset.
         samples: how many, K.
@@ -51,7 +54,7 @@ class Settings:
     operator: str | None = None
     operator_fields: Mapping[str, Any] = field(default_factory=dict)
     sigma: float | None = None
-    method: str = DEFAULT_METHOD
+    method: str = ""
     preset: str | None = None
     method_fields: Mapping[str, Any] = field(default_factory=dict)
     samples: int = 16
@@ -64,6 +67,7 @@ class Settings:
     device: str | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "method", self.method or default_method(self.prior))
         if self.sigma is not None and not (math.isfinite(self.sigma) and self.sigma >= 0):
             raise ValueError(f"sigma must be finite and not negative, got {self.sigma}")
         if self.sigma is not None and self.sigma > 1:
@@ -115,7 +119,26 @@ def build_sampler(chosen: Settings) -> Sampler:
     """Return the sampler that the settings name; ValueError with a suggestion where a word is unknown."""
     cls = get(chosen.method)
     values = typed_fields(cls, chosen.method_fields, f"method {chosen.method}")
-    return cls.preset(chosen.preset or (PHOTO if PHOTO in cls.presets else PAPER), **values)
+    sampler = cls.preset(chosen.preset or (PHOTO if PHOTO in cls.presets else PAPER), **values)
+    if isinstance(sampler, UnfoldedSampler) and sampler.folder is not None:
+        _check_prior(sampler.folder, chosen.prior)
+    return sampler
+
+
+def default_method(prior: str) -> str:
+    """Return the method that is used where none is named."""
+    trained = (read_header(find_network(name)).get("prior") for name in available_networks())
+    return TRAINED if prior in trained else UNTRAINED
+
+
+def _check_prior(folder: Path, prior: str) -> None:
+    """Raise ValueError where a trained sampler would silently stand in for another prior."""
+    own = read_header(folder).get("prior")
+    if own not in (None, prior):
+        raise ValueError(
+            f"the trained sampler {folder.name} belongs to the prior {own!r}, not to {prior!r}; take --prior {own}, another "
+            f"method (--method {UNTRAINED}), or --preset consistent, which runs it untrained on any prior"
+        )
 
 
 def build_word(name: str, fields: Mapping[str, Any]) -> Operator:

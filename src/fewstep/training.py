@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 import signal
 import threading
 import time
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,9 @@ from fewstep.checkpoints import last_checkpoint, read_checkpoint, write_checkpoi
 from fewstep.core.files import write_bytes
 from fewstep.core.noise import Noise, mix
 from fewstep.core.objective import Objective
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 class Batches(Protocol):
@@ -94,6 +98,18 @@ class TrainingOptions:
         return self.lr * (self.lr_final + (1 - self.lr_final) * (1 + math.cos(math.pi * done)) / 2)
 
 
+def process(cpu: bool = False) -> Accelerator:
+    """Return what accelerate knows of this process and of those beside it; `cpu` stays on the CPU in any case.
+
+    Processes that were started together without a GPU share the work on the CPU, whether or not `accelerate launch` says so.
+    """
+    from accelerate import Accelerator
+
+    alone = "LOCAL_RANK" not in os.environ
+    # autocast is ours: accelerate keeps one precision per process for ever, and it belongs to the options of a run
+    return Accelerator(mixed_precision="no", cpu=cpu or not (alone or torch.cuda.is_available()))
+
+
 @dataclass
 class Trainer:
     """Trains `model` on `objective` and keeps everything in the folder `out`.
@@ -121,10 +137,7 @@ class Trainer:
     cpu: bool = False
 
     def __post_init__(self) -> None:
-        from accelerate import Accelerator
-
-        # autocast is ours: accelerate keeps one precision per process for ever, and it belongs to the options of a run
-        self.accelerator = Accelerator(mixed_precision="no", cpu=self.cpu)
+        self.accelerator = process(self.cpu)
         self.out = Path(self.out)
         self.model.to(self.accelerator.device).train()
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)

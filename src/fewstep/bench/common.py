@@ -75,7 +75,11 @@ class Report:
 
 
 def variants(
-    methods: Sequence[str] | None = None, budgets: Sequence[int] | None = None, *, every_preset: bool = True
+    methods: Sequence[str] | None = None,
+    budgets: Sequence[int] | None = None,
+    *,
+    every_preset: bool = True,
+    kind: str = "methods",
 ) -> Iterator[Variant]:
     """Yield presets of methods as published, or once per budget with as many steps as its NFE allows.
 
@@ -83,10 +87,11 @@ def variants(
         methods: "name" or "name:preset"; all that are available where absent.
         budgets: network calls per sample.
         every_preset: whether a bare name stands for all presets or for the first alone.
+        kind: "methods" or "solvers".
     """
-    for entry in available() if methods is None else methods:
+    for entry in available(kind) if methods is None else methods:
         name, _, chosen = entry.partition(":")
-        method = get(name)
+        method = get(name, kind)
         presets = [chosen] if chosen else list(method.presets)[: None if every_preset else 1]
         for preset in presets:
             for budget in budgets or (None,):

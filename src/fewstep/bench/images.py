@@ -22,7 +22,7 @@ from fewstep.bench.common import FAILURES, Report, Variant, describe, failed, va
 from fewstep.bench.log import Log
 from fewstep.bench.memory import PeakMemory
 from fewstep.bench.priors import resolve_prior
-from fewstep.bench.sets import COLUMNS, HALVES, SetDistances
+from fewstep.bench.sets import COLUMNS, HALVES, PATCH, SetDistances
 from fewstep.bench.speed import centre_crop
 from fewstep.bench.tasks import Task, named_tasks, with_sigma
 from fewstep.calibrated import Asked, Verdict, judge
@@ -74,9 +74,13 @@ class Setup:
         """The coverage that right samples would have: `level`, or (K - 1) / (K + 1) where K is too small for it."""
         return min(self.level, max(self.samples - 1, 0) / (self.samples + 1))
 
+    def shape(self, task: Task) -> tuple[int, int, int]:
+        """Return (3, H, W) of the images of a task."""
+        return task.operator.fit((3, self.crop, self.crop))
+
     def truth(self, path: Path, task: Task) -> Tensor:
         """Return the clean image that a task measures, (1, 3, H, W) in [0, 1]."""
-        _, h, w = task.operator.fit((3, self.crop, self.crop))
+        _, h, w = self.shape(task)
         return centre_crop(load_image(path), self.crop)[..., :h, :w].contiguous()
 
     def asked(self, task: Task) -> Asked:
@@ -126,6 +130,10 @@ def main(  # noqa: PLR0913 - one parameter is one option
     setup = Setup(resolve_prior(prior), samples, seed=seed, chunk=chunk, lpips_weights=lpips_weights, crop=crop)
     entries = list(variants(methods, steps, every_preset=False))
     sets = None if features is None else SetDistances(mobilenet(features))
+    if sets is not None and (small := [name for name, task in chosen.items() if min(setup.shape(task)[1:]) < PATCH]):
+        raise ValueError(
+            f"the features are of patches of {PATCH} pixels, which do not fit the crops of {', '.join(small)}"
+        )
     paths = list_photos(folder)[:limit]
     log = Log(None if out is None else Path(out).with_suffix(".jsonl"), fingerprint(setup))
     for path, index in track([(p, i) for i, p in enumerate(paths)], "images", transient=True):

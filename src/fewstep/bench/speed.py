@@ -176,9 +176,9 @@ def loop_row(name: str, prior: Denoiser, scene: Scene, steps: int, repeats: int)
 def bare_calls(prior: Denoiser, scene: Scene, counts: Counts) -> None:
     """Make as many network calls and vector-Jacobian products as a run has counted, and nothing else."""
     x = torch.zeros_like(scene.truth)
-    pulls = -(-counts.vjp // counts.network)
-    for k in range(counts.network):
-        t = torch.tensor((k + 1) / counts.network)
+    calls, pulls = round(counts.network), round(-(-counts.vjp // counts.network))
+    for k in range(calls):
+        t = torch.tensor((k + 1) / calls)
         if not counts.vjp:
             with torch.no_grad():
                 prior(x, t)

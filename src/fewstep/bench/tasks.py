@@ -89,6 +89,7 @@ TASKS: dict[str, Task] = {
     "inpaint-random": Task(InpaintRandom(rate=0.7), 0.025),
     "inpaint-box": Task(InpaintBox(size=64), 0.025),
     "jpeg10": Task(Jpeg(quality=10), None),
+    "jpeg10-gaussian": Task(Jpeg(quality=10, step_std=0.2), None),
 }
 OTHERS: dict[str, Task] = {
     "deblur-gaussian-heavy": Task(DeblurGaussian(), 0.2),

@@ -63,9 +63,9 @@ class Setup:
 
     dim: int = 16
     width: int = 256
-    steps: int = 6000
-    batch: int = 192
-    draws: int = 4
+    steps: int = 10_000
+    batch: int = 128
+    draws: int = 6
 
     @property
     def problem(self) -> Posterior:
@@ -119,7 +119,7 @@ def main(  # noqa: PLR0913 - one parameter is one option
     out: str | Path | None = None,
     *,
     dims: Sequence[int] = (16,),
-    steps: int = 6000,
+    steps: int = 10_000,
     presets: Sequence[str] = ("paper", "consistent"),
     budgets: Sequence[int] = (9, 20, 100, 1000),
     measurements: int = 24,

@@ -24,7 +24,8 @@ class Driven(DiffusionSampler):
         solver: what steps.
 
     Raises:
-        ValueError: the prediction is no smooth function of (x_t, t), so that there is nothing for a solver to integrate.
+        ValueError: the prediction is no smooth function of (x_t, t), so that there is nothing for a solver to integrate, or the
+            solver is made for the prior alone.
     """
 
     guided: GuidedSampler
@@ -43,6 +44,8 @@ class Driven(DiffusionSampler):
             raise ValueError(
                 f"{name} also uses its previous prediction, which a solver does not keep for it; run it as it is"
             )
+        if self.solver.undriven:
+            raise ValueError(f"{type(self.solver).__name__} {self.solver.undriven}; take another solver")
 
     @property
     def steps(self) -> int:  # type: ignore[override]
@@ -63,6 +66,11 @@ class Driven(DiffusionSampler):
     def reference(self) -> Reference:  # type: ignore[override]
         """The publication of the guided sampler; `solver.reference` is the other."""
         return self.guided.reference
+
+    @property
+    def adaptive(self) -> bool:  # type: ignore[override]
+        """Whether items may need different numbers of calls: the solver's."""
+        return self.solver.adaptive
 
     @property
     def nfe(self) -> int:

@@ -25,11 +25,20 @@ from fewstep.core.spectral import Function, inverse_square, significant, spectru
 
 @dataclass
 class Counts:
-    """What a run has cost: network calls, vector-Jacobian products through the network, operator applications."""
+    """What a sample has cost: network calls, vector-Jacobian products through the network, operator applications.
 
-    network: int = 0
-    vjp: int = 0
-    operator: int = 0
+    Fractions arise where samples of one run needed different numbers: then it is their mean.
+    """
+
+    network: float = 0
+    vjp: float = 0
+    operator: float = 0
+
+    def add(self, other: Counts, share: float = 1) -> None:
+        """Add what a call on `share` times as many items has cost."""
+        self.network += share * other.network
+        self.vjp += share * other.vjp
+        self.operator += share * other.operator
 
 
 class Likelihood(ABC):

@@ -57,10 +57,12 @@ class Solver(DiffusionSampler):
 
     Attributes:
         order: global order of convergence in the step; for samplers with fresh noise the weak order.
+        undriven: why it cannot take the prediction of a guided sampler, empty where it can.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
     exact: ClassVar[str] = "posterior"
+    undriven: ClassVar[str] = ""
 
     @property
     @abstractmethod

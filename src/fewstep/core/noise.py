@@ -34,7 +34,7 @@ class Noise:
         if not self.seeds:
             raise ValueError("Noise needs at least one seed")
         self._generators = [torch.Generator().manual_seed(s & (2**63 - 1)) for s in self.seeds]
-        self._block = torch.empty(len(self.seeds), 0, dtype=dtype)
+        self._block, self._ahead = torch.empty(len(self.seeds), 0, dtype=dtype), _BLOCK
 
     @classmethod
     def spawn(
@@ -50,17 +50,17 @@ class Noise:
     def __len__(self) -> int:
         return len(self.seeds)
 
-    def part(self, items: range) -> Noise:
+    def part(self, items: Sequence[int]) -> Noise:
         """Return the streams of some items: what they give is gone from here too."""
         twin = copy.copy(self)
-        twin.seeds, twin._generators = self.seeds[items.start : items.stop], self._generators[items.start : items.stop]
-        twin._block = self._block[:, :0][items.start : items.stop]  # numbers drawn ahead stay with the whole
+        twin.seeds, twin._generators = tuple(self.seeds[i] for i in items), [self._generators[i] for i in items]
+        twin._ahead = 0  # numbers drawn ahead stay with the whole, and a part draws none
         return twin
 
     def randn(self, *shape: int) -> Tensor:
         """Return standard normals, (N, *shape)."""
         size = math.prod(shape)
-        if size * 4 > _BLOCK:
+        if size * 4 > self._ahead:
             out = torch.stack([torch.randn(shape, generator=g, dtype=self.dtype) for g in self._generators])
             return out.to(self.device)
         if self._block.shape[1] < size:

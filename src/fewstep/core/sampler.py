@@ -43,6 +43,7 @@ class Sampler(ABC):
         reference: the publication.
         exact: "posterior" (converges to it), "biased" (to something else), "mode" (a point estimate).
         limit: one line on what it converges to, and when.
+        adaptive: whether samples may need different numbers of network calls, so that `nfe` is the most of them.
         presets: named settings beside the defaults, which are the paper's.
     """
 
@@ -51,12 +52,13 @@ class Sampler(ABC):
     reference: ClassVar[Reference]
     exact: ClassVar[str]
     limit: ClassVar[str]
+    adaptive: ClassVar[bool] = False
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": {}}
 
     @property
     @abstractmethod
     def nfe(self) -> int:
-        """Network calls per sample."""
+        """Network calls per sample; the most where they depend on the sample (`adaptive`)."""
 
     @abstractmethod
     def init(self, problem: Posterior, noise: Noise) -> State:

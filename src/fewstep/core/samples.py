@@ -36,8 +36,8 @@ class Samples:
     first: int = 0
 
     @property
-    def nfe(self) -> int:
-        """Network calls per sample."""
+    def nfe(self) -> float:
+        """Network calls per sample, their mean where they differ."""
         return self.counts.network
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,13 +61,19 @@ class DenoisingScoreMatching(Objective):
         """Return lambda(ratio), of the shape of `ratio`."""
         return (ratio.square() + self.sigma_data**2) / (ratio * self.sigma_data).square()
 
-    def loss(self, player: str, model: nn.Module, batch: Tensor, noise: Noise) -> tuple[Tensor, dict[str, float]]:
-        """See `Objective`; `model` is a `Denoiser` and `batch` is x_0, (N, *event), in the prior's units."""
+    def loss(
+        self, player: str, model: nn.Module, batch: Tensor | dict[str, Any], noise: Noise
+    ) -> tuple[Tensor, dict[str, float]]:
+        """See `Objective`; `model` is a `Denoiser`.
+
+        `batch` is x_0, (N, *event), in the prior's units, or {"x0": x_0, "cond": what the denoiser is told beside x_t}.
+        """
+        x0, cond = (batch, {}) if isinstance(batch, Tensor) else (batch["x0"], batch["cond"])
         if not isinstance(model, Denoiser):
             raise TypeError(f"denoising score matching trains a Denoiser, not {type(model).__name__}")
         ratio = self.ratios(noise)
         t = model.schedule.time(ratio)
-        alpha, sigma = (like(c, batch) for c in model.schedule(t))
-        error = model(alpha * batch + sigma * noise.randn_like(batch), t) - batch
-        loss = (like(self.weight(ratio), batch) * error.square()).mean()
+        alpha, sigma = (like(c, x0) for c in model.schedule(t))
+        error = model(alpha * x0 + sigma * noise.randn_like(x0), t, **cond) - x0
+        loss = (like(self.weight(ratio), x0) * error.square()).mean()
         return loss, {}

@@ -47,7 +47,8 @@ class Region:
         """Write the coefficients of units, (N, units, m), to their places in those of the image, (N, D)."""
         sizes = [v.shape[2] * v.shape[4] * 64 for v in self._views(whole, coefficients)]
         # each view is made when its turn comes: one made before the first copy would have no part in its gradient
-        for view, part in zip(self._views(whole, coefficients), units.unflatten(1, self.count).split(sizes, 3), strict=True):
+        parts = units.unflatten(1, self.count).split(sizes, 3)
+        for view, part in zip(self._views(whole, coefficients), parts, strict=True):
             view.copy_(part.unflatten(3, (view.shape[2], view.shape[4], 64)).transpose(2, 3))
 
     def _views(self, whole: JpegTransform, coefficients: Tensor) -> Iterator[Tensor]:

@@ -1,4 +1,4 @@
-r"""A convolutional denoiser of colour images: a diffusers UNet behind EDM's preconditioning.
+r"""A convolutional denoiser of images: a diffusers UNet behind EDM's preconditioning.
 
 In variance-exploding coordinates x = x_t / alpha_t = x_0 + r z, with r = sigma_t / alpha_t and s = sigma_data,
 
@@ -26,6 +26,7 @@ from fewstep.core.files import read_weights, write_weights
 from fewstep.core.schedule import Schedule, VariancePreserving
 
 SHUFFLE = 2  # pixels per side that become channels
+LATER = {"classes", "size"}  # fields that headers of the first version do not have
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class UNetConfig:
         ratio_min: smallest sigma / alpha seen in training.
         ratio_max: largest sigma / alpha seen in training.
         context: images of the same size and channels that F sees beside x; a plain denoiser has none.
+        classes: class labels that F may be told; 0 for a network that takes none.
+        size: side of the square images that it knows, pixels; None for any height and width.
     """
 
     channels: int = 3
@@ -51,6 +54,8 @@ class UNetConfig:
     ratio_min: float = 0.005
     ratio_max: float = 160.0
     context: int = 0
+    classes: int = 0
+    size: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "widths", tuple(self.widths))
@@ -59,12 +64,12 @@ class UNetConfig:
         if (
             self.channels < 1
             or self.layers < 1
-            or self.context < 0
+            or min(self.context, self.classes) < 0
             or self.sigma_data <= 0
             or not 0 < self.ratio_min < self.ratio_max
         ):
             raise ValueError(
-                "channels, layers and sigma_data must be positive, context not negative, and 0 < ratio_min < ratio_max"
+                "channels, layers and sigma_data must be positive, context and classes not negative, 0 < ratio_min < ratio_max"
             )
 
     def build(self) -> nn.Module:
@@ -83,6 +88,7 @@ class UNetConfig:
             norm_num_groups=self.groups,
             resnet_time_scale_shift="scale_shift",
             add_attention=False,
+            num_class_embeds=self.classes + 1 if self.classes else None,  # the last one says that no class is given
         )
         nn.init.zeros_(net.conv_out.weight)
         nn.init.zeros_(net.conv_out.bias)
@@ -90,7 +96,7 @@ class UNetConfig:
 
 
 class UNetDenoiser(Denoiser):
-    """E[x_0 | x_t] of colour images in [-1, 1], of any size.
+    """E[x_0 | x_t] of images in [-1, 1], of any size or of one; E[x_0 | x_t, class] where it knows classes.
 
     The noise level enters the network as 100 ln(sigma / alpha), clamped to the trained range; the preconditioning uses
     the true level, so that the result is x_t / alpha itself at sigma = 0 and bounded as sigma grows.
@@ -100,16 +106,25 @@ class UNetDenoiser(Denoiser):
         super().__init__()
         self.config = config or UNetConfig()
         self.schedule = schedule or VariancePreserving()
-        self.event_shape = (self.config.channels, None, None)
+        self.event_shape = (self.config.channels, self.config.size, self.config.size)
         self.net = self.config.build()
 
-    def forward(self, x_t: Tensor, t: Tensor, *, context: Tensor | None = None, **cond: Any) -> Tensor:
+    def forward(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        *,
+        context: Tensor | None = None,
+        label: Tensor | int | None = None,
+        **cond: Any,
+    ) -> Tensor:
         """See `Denoiser`; x_t is (N, C, H, W), t is () or (N,), both sides in [-1, 1] units.
 
         `context` is (N, context C, H, W), of order one; it must be there if and only if the configuration asks for it.
+        `label` is () or (N,), a class from 0 or -1 for no class, which is also what None means.
         """
-        if cond:
-            raise TypeError(f"this prior takes no condition, got {sorted(cond)}")
+        if cond or (label is not None and not self.config.classes):
+            raise TypeError(f"this prior takes no condition, got {sorted(cond) or 'label'}")
         wanted = self.config.context * self.config.channels
         if (given := 0 if context is None else context.shape[1]) != wanted:
             raise ValueError(f"this network sees {wanted} channels beside x_t, not {given}")
@@ -120,16 +135,25 @@ class UNetDenoiser(Denoiser):
         ratio, s = self.schedule.ratio(t), self.config.sigma_data
         x, r = x_t / like(alpha, x_t), like(ratio, x_t)
         scale = torch.rsqrt(r.square() + s**2)
-        return (s * scale).square() * x + r * s * scale * self._network(scale * x, ratio, context)
+        return (s * scale).square() * x + r * s * scale * self._network(scale * x, ratio, context, self._labels(label, x))
 
-    def _network(self, x: Tensor, ratio: Tensor, context: Tensor | None) -> Tensor:
-        """Return F(x, context; 100 ln ratio) at the size of x, computed in the precision of the weights."""
+    def _labels(self, label: Tensor | int | None, x: Tensor) -> Tensor | None:
+        """Return the index of each item's class among the embeddings, (N,); None for a network that knows no classes."""
+        if not self.config.classes:
+            return None
+        given = torch.as_tensor(-1 if label is None else label, device=x.device).expand(len(x))
+        if bool(((given < -1) | (given >= self.config.classes)).any()):
+            raise ValueError(f"labels are classes from 0 to {self.config.classes - 1}, or -1 for none")
+        return torch.where(given < 0, self.config.classes, given)
+
+    def _network(self, x: Tensor, ratio: Tensor, context: Tensor | None, labels: Tensor | None) -> Tensor:
+        """Return F(x, context, labels; 100 ln ratio) at the size of x, computed in the precision of the weights."""
         height, width = x.shape[-2:]
         noise = 100 * ratio.clamp(self.config.ratio_min, self.config.ratio_max).log().expand(len(x))
         dtype = next(self.net.parameters()).dtype
         seen = x if context is None else torch.cat([x, context], 1)
         padded = pad_to_multiple(seen.to(dtype), SHUFFLE * 2 ** (len(self.config.widths) - 1))
-        out = self.net(F.pixel_unshuffle(padded, SHUFFLE), noise.to(dtype)).sample
+        out = self.net(F.pixel_unshuffle(padded, SHUFFLE), noise.to(dtype), class_labels=labels).sample
         return F.pixel_shuffle(out, SHUFFLE)[..., :height, :width].to(x.dtype)
 
     def with_context(self, images: int) -> UNetDenoiser:
@@ -181,8 +205,8 @@ def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
 
 
 def _config(values: dict[str, Any]) -> UNetConfig:
-    """Return the configuration of a header; every field must be there."""
-    missing = {f.name for f in fields(UNetConfig)} - set(values)
+    """Return the configuration of a header; every field must be there, except for those that came later."""
+    missing = {f.name for f in fields(UNetConfig)} - LATER - set(values)
     if missing:
         raise ValueError(f"missing fields {sorted(missing)}")
     return UNetConfig(**values)

@@ -1,6 +1,6 @@
 """Recipes: YAML files that say how a shipped model was trained, read strictly.
 
-The key `kind` says what is trained: "prior" (the default) or "ud2m".
+The key `kind` says what is trained: "prior" (the default), "ud2m", "labelled" (a prior that knows classes) or "classifier".
 """
 
 from __future__ import annotations
@@ -143,13 +143,30 @@ def _ud2m() -> type:
     return UD2MRecipe
 
 
-KINDS: dict[str, Callable[[], type]] = {"prior": _prior, "ud2m": _ud2m}
+def _labelled() -> type:
+    from fewstep.recipes.labelled import LabelledPriorRecipe
+
+    return LabelledPriorRecipe
+
+
+def _classifier() -> type:
+    from fewstep.recipes.labelled import ClassifierRecipe
+
+    return ClassifierRecipe
+
+
+KINDS: dict[str, Callable[[], type]] = {
+    "prior": _prior,
+    "ud2m": _ud2m,
+    "labelled": _labelled,
+    "classifier": _classifier,
+}
 
 
 def train(
     recipe: str | Path, data: str | Path, out: str | Path, steps: int | None = None, resume: bool = True
 ) -> nn.Module:
-    """Train what `recipe` describes on the folder of images `data`; return it with averaged weights.
+    """Train what `recipe` describes on `data`, a folder of images or what else it takes; return it with averaged weights.
 
     `out` receives checkpoints, `log.jsonl` and the model in a folder of its own, which `load_prior` or `load_sampler` reads.
     `steps` replaces the recipe's number of steps; `resume` continues from the last checkpoint in `out`.

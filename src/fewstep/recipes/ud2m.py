@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 
 from fewstep.data import CropShape, RandomCrops, list_images, load_image
 from fewstep.measurements import Family, SimulatedMeasurements
@@ -22,12 +21,12 @@ from fewstep.priors.loaders import load_prior
 from fewstep.priors.unet import UNetDenoiser
 from fewstep.recipes import build
 from fewstep.recipes.sampling import SamplingFigures
-from fewstep.training import Trainer, TrainingOptions
+from fewstep.training import Trainer, TrainingOptions, process
 from fewstep.unfolded.decoders import AdaptedDecoder, ContextDecoder
 from fewstep.unfolded.levels import LevelConfig
 from fewstep.unfolded.lora import LoRAConfig
 from fewstep.unfolded.network import UnfoldedConfig, UnfoldedNetwork
-from fewstep.unfolded.store import save_adapter, save_network
+from fewstep.unfolded.store import load_network, save_adapter, save_network
 
 # a copy of the prior as it is, or one that also sees the context; trained as a whole, or through LoRA
 DECODERS: dict[str, type[AdaptedDecoder]] = {
@@ -60,6 +59,7 @@ class UD2MRecipe:
         lora: fields of `LoRAConfig`, for a decoder that is trained through LoRA.
         checkpointing: recompute the iterations in the backward pass, so that memory does not grow with K.
         licence: of the trained weights, an SPDX name for the card.
+        init: folder of a trained sampler of the same shape to start from, instead of the prior.
     """
 
     prior: str
@@ -78,6 +78,7 @@ class UD2MRecipe:
     lora: Mapping[str, Any] | None = None
     checkpointing: bool = False
     licence: str = "unknown"
+    init: str = ""
 
     def __post_init__(self) -> None:
         if self.decoder not in DECODERS:
@@ -93,8 +94,10 @@ class UD2MRecipe:
         options = build(TrainingOptions, self.training, "training")
         options = options if steps is None else replace(options, steps=steps)
         families = tuple(build(Family, entry, "families") for entry in self.families)
-        device = PartialState().device
+        device = process().device
         prior = load_prior(self.prior).to(device)
+        if not isinstance(prior, UNetDenoiser):
+            raise ValueError(f"a {type(prior).__name__} cannot be adapted by this recipe; it takes a UNetDenoiser")
         objective, network = self.losses(prior, device), self.unfolded(prior, options.seed)
         images = [load_image(path) for path in list_images(data)]
         if not 0 < self.holdout < len(images):
@@ -119,10 +122,8 @@ class UD2MRecipe:
             describe={**_numbers(self), "training": {"seed": options.seed}},
         )
 
-    def unfolded(self, prior: Any, seed: int) -> UnfoldedNetwork:
+    def unfolded(self, prior: UNetDenoiser, seed: int) -> UnfoldedNetwork:
         """Return the network before training; every process draws the same weights."""
-        if not isinstance(prior, UNetDenoiser):
-            raise ValueError(f"a {type(prior).__name__} cannot be adapted by this recipe; it takes a UNetDenoiser")
         given = dict(self.network)
         levels = build(LevelConfig, given.pop("levels", {}), "levels")
         config = build(UnfoldedConfig, {**given, "levels": levels}, "network")
@@ -131,6 +132,8 @@ class UD2MRecipe:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             network = UnfoldedNetwork(config, kind(prior.with_context(kind.IMAGES), lora))
+        if self.init:
+            network.load_state_dict(load_network(self.init).state_dict())
         network.checkpointing = self.checkpointing
         return network
 

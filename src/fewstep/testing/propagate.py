@@ -26,8 +26,8 @@ class _Flat:
 
     def __init__(self, state: Any) -> None:
         leaves, self.spec = pytree.tree_flatten(state)
-        if not all(leaf is None or isinstance(leaf, Tensor) for leaf in leaves):
-            raise TypeError("the sampler carries more than tensors from step to step")
+        if not all(leaf is None or (isinstance(leaf, Tensor) and leaf.is_floating_point()) for leaf in leaves):
+            raise TypeError("the sampler carries more than tensors of numbers from step to step")
         self.shapes = [None if leaf is None else leaf.shape[1:] for leaf in leaves]
 
     def pack(self, state: Any) -> Tensor:

@@ -109,9 +109,10 @@ def check_side_effects(sampler: Sampler) -> None:
 
 
 def check_cost(sampler: Sampler) -> None:
-    """Measured network calls equal the declared number."""
+    """Measured network calls equal the declared number; of a sampler that adapts to the sample they do not exceed it."""
     measured = sampler(gaussian_problem().problem, 2).counts.network
-    assert measured == sampler.nfe, f"declares {sampler.nfe} network calls, makes {measured}"
+    fits = 0 < measured <= sampler.nfe if sampler.adaptive else measured == sampler.nfe
+    assert fits, f"declares {sampler.nfe} network calls, makes {measured}"
 
 
 def check_law(sampler: Sampler, num_samples: int = 4000) -> None:

@@ -10,9 +10,7 @@ from fewstep.unfolded.sampler import Unfolded
 from fewstep.unfolded.store import find_network, load_network, save_network
 
 
-def load_sampler(
-    source: str | Path, steps: int = 3, *, prior: UNetDenoiser | None = None, **options: Any
-) -> Unfolded:
+def load_sampler(source: str | Path, steps: int = 3, *, prior: UNetDenoiser | None = None, **options: Any) -> Unfolded:
     """Return a trained sampler; `steps` times the network's K are the network calls of one sample.
 
     Args:

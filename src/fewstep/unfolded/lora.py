@@ -79,7 +79,8 @@ def merge(state: Mapping[str, Tensor], config: LoRAConfig) -> dict[str, Tensor]:
     plain = {name.replace(_BASE, "."): value for name, value in state.items() if ".lora_" not in name}
     for name in [n.removesuffix(_DOWN) for n in state if n.endswith(_DOWN)]:
         weight = plain[f"{name}.weight"]
-        product = state[name + _UP].flatten(1) @ state[name + _DOWN].flatten(1)  # the second convolution is of one pixel
+        up, down = state[name + _UP], state[name + _DOWN]
+        product = up.flatten(1) @ down.flatten(1)  # of two convolutions too: the second is of one pixel
         plain[f"{name}.weight"] = weight + config.scale * product.reshape(weight.shape)
     return plain
 

@@ -55,11 +55,11 @@ class UnfoldedSampler(GuidedSampler):
 
     def predict_x0(self, problem: Posterior, x_t: Tensor, t: Tensor, noise: Noise) -> Tensor:
         """See `GuidedSampler`."""
-        return self.unfolded()(problem, x_t, t, noise)
+        return self.unfolded().to(x_t.device)(problem, x_t, t, noise)
 
     def estimate(self, problem: Posterior, state: State, t: Tensor, noise: Noise) -> Tensor:
         """See `GuidedSampler`; the network may start from the previous estimate."""
-        return self.unfolded()(problem, state.x, t, noise, state.memory)
+        return self.unfolded().to(state.x.device)(problem, state.x, t, noise, state.memory)
 
     def shares(self, schedule: Schedule, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         """See `GuidedSampler`."""

@@ -1,0 +1,43 @@
+"""A small network that ranks solvers it has not seen by those that were tried."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def ranking_loss(predicted: Tensor, scores: Tensor) -> Tensor:
+    """Return -log sigmoid of the predicted difference of all pairs, the worse one first, (E,) twice -> ()."""
+    margins = predicted[:, None] - predicted[None]
+    worse = scores[:, None] > scores[None]
+    return F.softplus(-margins)[worse].mean() if bool(worse.any()) else 0 * predicted.sum()
+
+
+def fit(features: Tensor, scores: Tensor, seed: int, width: int = 64, steps: int = 150) -> nn.Module:
+    """Return a network features -> score, right about the order only, trained on what was tried.
+
+    Args:
+        features: (E, G) float32.
+        scores: (E,), lower is better.
+        seed: of its weights.
+        width: of the two hidden layers.
+        steps: of Adam on all pairs.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        size = features.shape[1]
+        layers = [nn.Linear(size, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1), nn.Flatten(0)]
+        net = nn.Sequential(*layers)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2, weight_decay=1e-2)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        ranking_loss(net(features), scores).backward()
+        optimizer.step()
+    return net.requires_grad_(False)
+
+
+def kendall(predicted: Tensor, scores: Tensor) -> float:
+    """Return Kendall's tau, the share of pairs in the same order minus that in the other, (E,) twice."""
+    same = (predicted[:, None] - predicted).sign() * (scores[:, None] - scores).sign()
+    return float(same.sum() / (len(scores) * (len(scores) - 1)))

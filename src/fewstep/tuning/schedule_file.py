@@ -1,0 +1,84 @@
+"""A tuned schedule on disk: the solver, its settings and its times, as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from fewstep.core.files import write_bytes
+from fewstep.core.multistep import Solver
+from fewstep.core.registry import get
+
+FORMAT = "fewstep-schedule"
+
+
+@dataclass(frozen=True)
+class TunedSchedule:
+    """What a tuner found.
+
+    Attributes:
+        method: the tuner.
+        prior: what it was tuned for.
+        solver: name of the solver.
+        times: the falling times, `steps` + 1 of them.
+        settings: further fields of the solver.
+        figures: what the tuner measured, for the record.
+    """
+
+    method: str
+    prior: str
+    solver: str
+    times: tuple[float, ...]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    figures: Mapping[str, float] = field(default_factory=dict)
+
+    def sampler(self, name: str | None = None, **overrides: Any) -> Solver:
+        """Return the solver with these times.
+
+        Args:
+            name: another solver, which then takes the times only.
+            **overrides: fields of the solver; another number of steps resamples the times, see `grid.times_of`.
+
+        Raises:
+            ValueError: there is no such solver, or it has no such fields.
+        """
+        settings = dict(self.settings) if name in (None, self.solver) else {}
+        fixed = {"steps": len(self.times) - 1, "grid": self.times}
+        try:
+            solver = get(name or self.solver, "solvers")(**{**settings, **fixed, **overrides})
+        except TypeError as error:
+            raise ValueError(f"solver {name or self.solver}: {error}") from None
+        assert isinstance(solver, Solver)
+        return solver
+
+    def save(self, path: str | Path) -> None:
+        """Write the schedule to `path`, atomically."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(path, (json.dumps({"format": FORMAT, **asdict(self)}, indent=2) + "\n").encode())
+
+    @classmethod
+    def load(cls, path: str | Path) -> TunedSchedule:
+        """Return what `save` wrote.
+
+        Raises:
+            ValueError: the file cannot be read, is no schedule, or lacks a field or has one that is not known.
+        """
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path} cannot be read as a schedule ({error})") from None
+        known = {f.name for f in fields(cls)}
+        if not isinstance(values, dict) or values.pop("format", None) != FORMAT or set(values) != known:
+            raise ValueError(f"{path} is no schedule of this library: {FORMAT} with {', '.join(sorted(known))}")
+        return cls(**{name: frozen(value) if name != "figures" else value for name, value in values.items()})
+
+
+def frozen(value: Any) -> Any:
+    """Return a JSON value with tuples for lists, as the fields of a solver have them."""
+    if isinstance(value, dict):
+        return {name: frozen(inner) for name, inner in value.items()}
+    return tuple(frozen(inner) for inner in value) if isinstance(value, list) else value
