@@ -12,7 +12,7 @@ from fewstep.core.denoiser import Denoiser, MeanReverting
 from fewstep.core.driven import Driven
 from fewstep.core.grid import times_of
 from fewstep.core.likelihood import FlatLikelihood
-from fewstep.core.multistep import Point, prior_mean
+from fewstep.core.multistep import MultistepSolver, Point, prior_mean
 from fewstep.core.noise import Noise
 from fewstep.core.problem import Posterior
 from fewstep.core.registry import available, get
@@ -36,6 +36,8 @@ from fewstep.testing.sampler import (
 )
 
 NAMES = available("solvers")
+TABLES = [name for name in NAMES if issubclass(get(name, "solvers"), MultistepSolver)]
+DRIVABLE = [name for name in NAMES if not get(name, "solvers").undriven]
 
 
 def flat(prior, batch=1, dtype=torch.float64):
@@ -61,7 +63,7 @@ def test_form(name):
     assert len(code) <= 110
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", DRIVABLE)
 def test_contract(name):
     """What every sampler keeps, with a guided prediction so that the checks' measurement is seen."""
     sampler = Driven(MMPS(iterations=5), get(name, "solvers")(steps=6))
@@ -76,7 +78,7 @@ def test_draws_the_prior(name, dtype):
     sampler = get(name, "solvers")(steps=5)
     samples = sampler(flat(prior, 2, dtype), 3)
     assert samples.x.shape == (3, 2, 5) and samples.x.dtype == dtype
-    assert samples.nfe == sampler.nfe
+    assert samples.nfe <= sampler.nfe if sampler.nfe_varies else samples.nfe == sampler.nfe
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -219,7 +221,9 @@ def test_lml_does_not_round():
     assert error[0] < 1e-6 and error[1] > 0.02
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n != "dpm_v3"])  # its statistics are tables of one lambda for all
+@pytest.mark.parametrize(
+    "name", [n for n in TABLES if n != "dpm_v3"]
+)  # its statistics are tables of one lambda for all
 def test_per_item_times(mixture, name):
     """Items on grids of their own in one batch each get what they get alone."""
     grids = [torch.linspace(1, end, 7, dtype=torch.float64) for end in (0.2, 0.45)]
@@ -415,7 +419,7 @@ def test_mean_reverting_change_of_variable(mixture):
 # --- the law ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n != "lml"])
+@pytest.mark.parametrize("name", [n for n in TABLES if n != "lml"])
 def test_converges_to_the_prior(name):
     """The exact finite-step law on a Gaussian, free of Monte-Carlo error, tends to the prior."""
     prior = gaussian_problem().problem.prior
@@ -437,7 +441,7 @@ def test_mmps_under_ddim_is_mmps():
     assert torch.allclose(left, MMPS(steps=7)(problem, 4).x, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", TABLES)
 def test_a_driven_sampler_converges_to_the_posterior(name):
     if name == "lml":
         return

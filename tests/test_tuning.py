@@ -177,7 +177,7 @@ def test_a_network_that_does_not_see_the_times_gives_another_gradient(monkeypatc
 def test_ddim_on_a_gaussian_ends_at_even_angles():
     """A step of DDIM keeps cos(d) of the exact gain, d its share of arctan(ratio / std): the best times share it evenly."""
     prior = GaussianPrior(torch.zeros(1, dtype=F64), STD**2 * torch.eye(1, dtype=F64))
-    tuner = GGDM(rounds=150, items=8, bank=8, lr=0.1, fine=400)
+    tuner = GGDM(rounds=100, items=8, bank=8, lr=0.1, fine=200)
     found = Tuning(tuner, task(prior, 4, "ddim"), "gaussian").run()
     angles = torch.atan(prior.schedule.ratio(torch.tensor(found.times, dtype=F64)) / STD)
     even = torch.linspace(float(angles[0]), 0, 5, dtype=F64)
@@ -249,17 +249,20 @@ def test_unknown_decisions_are_refused(wrong):
 
 
 def test_the_predictor_ranks_solvers_it_has_not_seen():
-    """Its Kendall tau on a fresh generation is far above that of one trained on shuffled scores."""
-    todo, tuner = task(MIXTURE, 5), SolverSearch(rounds=4, bank=32, fine=40, tried=20, blind=20)
+    """Kendall's tau on a random third is well above chance, and that of one trained on shuffled scores is not."""
+    todo, tuner = task(MIXTURE, 5), SolverSearch(rounds=2, bank=32, fine=40, tried=30, blind=30)
     state = tuner.init(todo)
-    for k in range(4):
+    for k in range(2):
         state = tuner.step(todo, state, k)
-    known, new = slice(0, -40), slice(-40, None)
-    seen = search.features(state["genes"], state["logs"])
-    shuffled = state["scores"][known][torch.randperm(len(seen) - 40, generator=torch.Generator().manual_seed(0))]
-    right, wrong = (fit(seen[known], s, 0)(seen[new]) for s in (state["scores"][known], shuffled))
-    assert kendall(right, state["scores"][new]) > 0.35  # chance: 0 with standard deviation .11 for 40 items
-    assert abs(kendall(wrong, state["scores"][new])) < 0.33
+    seen, scores = search.features(state["genes"], state["logs"]), state["scores"]
+    rows = []
+    for seed in range(8):
+        mixed = torch.randperm(len(scores), generator=torch.Generator().manual_seed(seed))
+        new, known = mixed[: len(mixed) // 3], mixed[len(mixed) // 3 :]
+        shuffled = scores[known].roll(len(known) // 2)
+        rows.append([kendall(fit(seen[known], s, seed)(seen[new]), scores[new]) for s in (scores[known], shuffled)])
+    right, wrong = torch.tensor(rows).mean(0)
+    assert float(right) > 0.25 and abs(float(wrong)) < 0.12
 
 
 def test_times_of_genes_fall_whatever_they_are():
@@ -301,7 +304,9 @@ def test_a_stopped_tuning_ends_like_one_that_was_not(tuner, tmp_path):
 
 def test_schedule_files(tmp_path):
     decisions = (Decision("x0", 1), Decision("epsilon", 2, "exact", 0, True), Decision())
-    tuned = TunedSchedule("s3", "m", "usf", (1.0, 0.5, 0.2, 0.0), {"decisions": tuple(map(tuple, decisions))}, {"a": 1.0})
+    tuned = TunedSchedule(
+        "s3", "m", "usf", (1.0, 0.5, 0.2, 0.0), {"decisions": tuple(map(tuple, decisions))}, {"a": 1.0}
+    )
     tuned.save(tmp_path / "s.json")
     again = TunedSchedule.load(tmp_path / "s.json")
     assert again == tuned and again.sampler() == USF(3, decisions, tuned.times)

@@ -272,6 +272,8 @@ _bench("mixture", "Distance to the exact posterior of mixture problems.")
 _bench("denoise", "PSNR of a prior as a denoiser.")
 _bench("images", "PSNR, SSIM, LPIPS and coverage on photographs.")
 _bench("unfolded", "UD2M before and after training, on mixtures with known posteriors.")
+_bench("solvers", "Solvers at few network calls on mixtures, and under a guided sampler.")
+_bench("srds", "Depth and time of the solver that is parallel in time.")
 _bench("speed", "Cost of the loop, and deepinv beside it.")
 _bench("startup", "What importing costs, and how soon the command line answers.")
 

@@ -21,10 +21,11 @@ DATA, MODEL = 0.3, 0.6  # weight of the left mode
 QUANTILES = (0.5, 0.75, 0.9)  # the paper takes 0.75
 WARM_UP = 2000  # samples whose ratios give the quantiles
 NOTES = (
-    "DiffRS: data .3 N(-1, .09) + .7 N(1, .09), model the same with weights .6 and .4, exact ratio; 'left' is the weight of the left "
-    "mode in the samples, .3 where the rule is right, ± one standard error. exact step: x_0 drawn exactly from the model's p(x_0 | "
-    "x_t), so that all the error is the rule's; DDIM: ancestral steps, whose own error comes on top. redraw, fresh and restart "
-    "have the true bound 7/4 of the ratio, backstep quantiles of a run of the model. nfe and proposals: means.",
+    "DiffRS: data .3 N(-1, .09) + .7 N(1, .09), model the same with weights .6 and .4, exact ratio; 'left' is the weight of the "
+    "left mode in the samples, .3 where the rule is right, ± one standard error. nfe and proposals: means. redraw, fresh and "
+    "restart have the true bound 7/4 of the ratio, backstep quantiles of a run of the model.",
+    "exact step: x_0 drawn exactly from the model's p(x_0 | x_t), so that all the error is the rule's; DDIM: ancestral steps, "
+    "whose own error comes on top.",
 )
 
 
@@ -70,7 +71,9 @@ def _rules(name: str, steps: int, predict: Predict, exact: str, *, num_samples: 
     tried = [("none", plain)]
     tried += [(rule, rejecting(plain, rule, true_bounds(steps))) for rule in (exact, "restart")]
     for share in QUANTILES:
-        bounds = bounds_of(plain, model_problem(WARM_UP), log_ratio, Noise(range(10**6, 10**6 + WARM_UP), torch.float64), share)
+        bounds = bounds_of(
+            plain, model_problem(WARM_UP), log_ratio, Noise(range(10**6, 10**6 + WARM_UP), torch.float64), share
+        )
         tried.append((f"backstep, quantile {share:g}", rejecting(plain, "backstep", bounds)))
     return [
         {"rule": rule, "step": name, "steps": steps} | mode_mass(solver, predict, num_samples, seed)

@@ -24,14 +24,14 @@ from fewstep.metrics import sliced_wasserstein
 from fewstep.priors.exact import MixturePrior
 from fewstep.testing.problems import gaussian_problem, mixture_problem
 
-DIMENSIONS = (2, 64)
 GUIDED = MMPS(iterations=5)
+FLOW_STEPS = 150  # of Runge-Kutta's fourth order
 NOTES = (
     "error: root mean square, over samples and coordinates, of the distance to the exact probability flow from the same noise, in "
     "units of the prior's standard deviation; empty where the solver draws fresh noise. Columns are budgets of network calls, "
     "each solver with as many of its steps as fit and on its own grid; empty where not one fits.",
     "SW/floor: sliced 2-Wasserstein distance to exact samples over that between two sets of exact samples of the same size.",
-    "priors: four Gaussians in 2 and in 64 dimensions, covariances between .02 and .7 along their axes.",
+    "priors: four Gaussians, covariances between .02 and .7 along their axes.",
     "guidance: MMPS (5 conjugate-gradient iterations) under every solver, and by itself with eta = 0; columns as in the benchmarks "
     "'gaussian' and 'mixture'.",
     *rejection.NOTES,
@@ -43,6 +43,7 @@ def main(  # noqa: PLR0913 - one parameter is one option
     *,
     solvers: Sequence[str] | None = None,
     budgets: Sequence[int] = (5, 8, 10, 15, 20),
+    dims: Sequence[int] = (2, 64),
     num_samples: int = 1000,
     guided: int = 10,
     plain: int = 50,
@@ -55,6 +56,7 @@ def main(  # noqa: PLR0913 - one parameter is one option
         out: path of the JSON file.
         solvers: names, all that can be driven where absent.
         budgets: network calls.
+        dims: sizes of the mixtures.
         num_samples: K.
         guided: network calls of the guided runs.
         plain: network calls of DDIM's guided run that they are held against.
@@ -63,7 +65,7 @@ def main(  # noqa: PLR0913 - one parameter is one option
     """
     names = drivable() if solvers is None else list(solvers)
     tables: dict[str, list[dict[str, Any]]] = {}
-    for dim in DIMENSIONS:
+    for dim in dims:
         tables |= prior_tables(dim, names, budgets, num_samples, seed)
     entries = list(guided_variants(names, guided, plain))
     tables |= guided_tables(entries, num_samples, seed)
@@ -71,8 +73,9 @@ def main(  # noqa: PLR0913 - one parameter is one option
         tables["DiffRS: weight of the left mode, .3 in the data and .6 in the model"] = rejection.rows(
             2 * num_samples, rejected, seed
         )
-    given = {"solvers": names, "budgets": budgets, "num_samples": num_samples, "guided": guided, "plain": plain}
-    return Report("solvers", given | {"rejected": rejected, "seed": seed}, tables, NOTES).finish(out)
+    given = {"solvers": names, "budgets": budgets, "dims": dims, "num_samples": num_samples, "guided": guided}
+    given |= {"plain": plain, "rejected": rejected, "seed": seed}
+    return Report("solvers", given, tables, NOTES).finish(out)
 
 
 def drivable() -> list[str]:
@@ -105,9 +108,7 @@ def prior_tables(
         f"Mixture, {dim} dimensions: SW/floor": distance,
     }
     entries = [(n, v) for n in budgets for v in variants(names, [n], kind="solvers")]
-    runs = [
-        (n, v, draw(v.sampler, problem, num_samples, seed)) for n, v in track(entries, f"{dim} d", transient=True)
-    ]
+    runs = [(n, v, draw(v.sampler, problem, num_samples, seed)) for n, v in track(entries, f"{dim} d", transient=True)]
     return {title: pivot(runs, measure) for title, measure in rows.items()}
 
 
@@ -117,9 +118,7 @@ def pivot(
     """Return one row per solver and preset with what `measure` says of each run in the column of its budget."""
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for budget, variant, x in runs:
-        row = rows.setdefault(
-            (variant.method, variant.preset), {"method": variant.method, "preset": variant.preset}
-        )
+        row = rows.setdefault((variant.method, variant.preset), {"method": variant.method, "preset": variant.preset})
         if isinstance(x, str):
             row["remark"] = x
         else:
@@ -140,7 +139,7 @@ def exact_flow(prior: MixturePrior, problem: Posterior, num_samples: int, seed: 
     noise = Noise.spawn([seed], range(num_samples), torch.float64)
     start = get("ddim", "solvers")().init(problem.expand(num_samples), noise).x
     ends = torch.ones((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-    return prior.flow(start, *ends)
+    return prior.flow(start, *ends, FLOW_STEPS)
 
 
 @torch.no_grad()

@@ -29,8 +29,8 @@ MIXTURE, DIM = "mixture", 64  # the prior in closed form, and its size
 NOTES = (
     "SRDS with as many blocks as the root of the steps, against DDIM on the same grid; tolerance: mean change of the sample per "
     "coordinate in one iteration below which it stops, 0 runs to DDIM's own result. distance: root mean square to that.",
-    "depth: network calls one after another, a batch of blocks counting as one; calls: of every block. speed-up: seconds of DDIM over "
-    "those of SRDS, medians of alternating runs of one sample on this machine.",
+    "depth: network calls one after another, a batch of blocks counting as one; calls: of every block. speed-up: seconds of DDIM "
+    "over those of SRDS, medians of alternating runs of one sample on this machine.",
     "model: DDIM's calls at the measured time of one, over the same calls of SRDS when the blocks of an iteration are shared out to "
     "so many devices like this one, at the measured time of a batch, without communication; 'model, 1' is to be compared with what "
     "was measured. pipelined: a device for each block, which starts as soon as its own start is known.",
@@ -74,7 +74,7 @@ def problem_of(prior: Denoiser, size: int) -> Posterior:
     return Posterior(prior, FlatLikelihood(shape, 1, dtype))
 
 
-def row(  # noqa: PLR0917 - one parameter is one column
+def row(
     problem: Posterior, steps: int, tolerance: float, devices: Sequence[int], repeats: int, seed: int
 ) -> dict[str, Any]:
     """Return what is measured and what is modelled for one number of steps and one tolerance."""

@@ -11,7 +11,7 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from fewstep.core.multistep import Solver
+from fewstep.core.multistep import MultistepSolver, Solver
 from fewstep.core.registry import available, get
 from fewstep.core.sampler import Sampler
 from fewstep.core.schedule import Flow
@@ -34,9 +34,15 @@ def _summary(cls: type[Sampler]) -> dict[str, str]:
     head = {"source": escape(str(cls.reference))}
     if issubclass(cls, Solver):
         solver: Any = cls()
-        each = solver.plan(Flow(), torch.linspace(1, 0.5, 101, dtype=torch.float64)).calls / 100
-        return head | {"order": f"{solver.order:g}", "calls per step": f"{each:.0f}", "converges to": limit}
+        return head | {"order": f"{solver.order:g}", "calls per step": _calls_per_step(solver), "converges to": limit}
     return head | {"needs": _needs(cls), "network calls": calls, "converges to": limit}
+
+
+def _calls_per_step(solver: Solver) -> str:
+    """Return the network calls of a step in the middle of the grid, on average, and the most of a solver that adapts."""
+    if isinstance(solver, MultistepSolver):
+        return f"{solver.plan(Flow(), torch.linspace(1, 0.5, 101, dtype=torch.float64)).calls / 100:.0f}"
+    return f"{'at most ' if solver.nfe_varies else ''}{solver.nfe / solver.steps:.0f}"
 
 
 def one_method(name: str, kind: str) -> RenderableType:
@@ -69,7 +75,8 @@ def _needs(cls: type[Sampler]) -> str:
 def _calls(cls: type[Sampler]) -> str:
     """Return the network calls per sample of the defaults, and of each preset where they differ."""
     calls = {"": cls().nfe, **{name: cls.preset(name).nfe for name in cls.presets}}
-    return ", ".join([str(calls[""]), *(f"{n} ({name})" for name, n in calls.items() if n != calls[""])])
+    most = "at most " if cls().nfe_varies else ""
+    return most + ", ".join([str(calls[""]), *(f"{n} ({name})" for name, n in calls.items() if n != calls[""])])
 
 
 def _fields(cls: Any) -> Table:

@@ -128,8 +128,12 @@ def sample(
     if out is None and grid_image is None:
         raise ValueError("nothing would be kept: give --out, --grid-image or both")
     solver, problem = drawing.sampler(), source.problem()
-    if grid_image is not None and (len(problem.likelihood.event_shape) != 3 or problem.likelihood.event_shape[0] not in (1, 3)):
-        raise ValueError(f"samples of shape {tuple(problem.likelihood.event_shape)} are no images; leave --grid-image out")
+    if grid_image is not None and (
+        len(problem.likelihood.event_shape) != 3 or problem.likelihood.event_shape[0] not in (1, 3)
+    ):
+        raise ValueError(
+            f"samples of shape {tuple(problem.likelihood.event_shape)} are no images; leave --grid-image out"
+        )
     with progress(console, "sampling", quiet) as report:
         drawn = solver(
             problem, drawing.count, seed=drawing.seed, chunk=drawing.chunk, callback=lambda k, n, _: report(k, n)
@@ -139,7 +143,9 @@ def sample(
         out.mkdir(parents=True, exist_ok=True)
         drawn.save(out)
         record = {**vars(source), "method": drawn.method, "samples": drawing.count, "seed": drawing.seed}
-        write_json(out / "sampling.json", {**record, "nfe": drawn.nfe, "seconds": drawn.seconds, "versions": versions()})
+        write_json(
+            out / "sampling.json", {**record, "nfe": drawn.nfe, "seconds": drawn.seconds, "versions": versions()}
+        )
     if grid_image is not None:
         grid_image.parent.mkdir(parents=True, exist_ok=True)
         save_image(contact_sheet((x + 1) / 2), grid_image)

@@ -68,9 +68,9 @@ class Driven(DiffusionSampler):
         return self.guided.reference
 
     @property
-    def adaptive(self) -> bool:  # type: ignore[override]
+    def nfe_varies(self) -> bool:  # type: ignore[override]
         """Whether items may need different numbers of calls: the solver's."""
-        return self.solver.adaptive
+        return self.solver.nfe_varies
 
     @property
     def nfe(self) -> int:

@@ -11,34 +11,16 @@ import copy
 import math
 import warnings
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from fewstep.core.batch import item_dot, like
+from fewstep.core.counts import Counts
 from fewstep.core.linalg import cg, item_inner
 from fewstep.core.noise import Noise
 from fewstep.core.spectral import Function, inverse_square, significant, spectrum_of
-
-
-@dataclass
-class Counts:
-    """What a sample has cost: network calls, vector-Jacobian products through the network, operator applications.
-
-    Fractions arise where samples of one run needed different numbers: then it is their mean.
-    """
-
-    network: float = 0
-    vjp: float = 0
-    operator: float = 0
-
-    def add(self, other: Counts, share: float = 1) -> None:
-        """Add what a call on `share` times as many items has cost."""
-        self.network += share * other.network
-        self.vjp += share * other.vjp
-        self.operator += share * other.operator
 
 
 class Likelihood(ABC):

@@ -43,7 +43,7 @@ class Sampler(ABC):
         reference: the publication.
         exact: "posterior" (converges to it), "biased" (to something else), "mode" (a point estimate).
         limit: one line on what it converges to, and when.
-        adaptive: whether samples may need different numbers of network calls, so that `nfe` is the most of them.
+        nfe_varies: whether samples may need different numbers of network calls, so that `nfe` is the most of them.
         presets: named settings beside the defaults, which are the paper's.
     """
 
@@ -52,13 +52,13 @@ class Sampler(ABC):
     reference: ClassVar[Reference]
     exact: ClassVar[str]
     limit: ClassVar[str]
-    adaptive: ClassVar[bool] = False
+    nfe_varies: ClassVar[bool] = False
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": {}}
 
     @property
     @abstractmethod
     def nfe(self) -> int:
-        """Network calls per sample; the most where they depend on the sample (`adaptive`)."""
+        """Network calls per sample; the most where they depend on the sample (`nfe_varies`)."""
 
     @abstractmethod
     def init(self, problem: Posterior, noise: Noise) -> State:

@@ -135,7 +135,9 @@ class UNetDenoiser(Denoiser):
         ratio, s = self.schedule.ratio(t), self.config.sigma_data
         x, r = x_t / like(alpha, x_t), like(ratio, x_t)
         scale = torch.rsqrt(r.square() + s**2)
-        return (s * scale).square() * x + r * s * scale * self._network(scale * x, ratio, context, self._labels(label, x))
+        return (s * scale).square() * x + r * s * scale * self._network(
+            scale * x, ratio, context, self._labels(label, x)
+        )
 
     def _labels(self, label: Tensor | int | None, x: Tensor) -> Tensor | None:
         """Return the index of each item's class among the embeddings, (N,); None for a network that knows no classes."""

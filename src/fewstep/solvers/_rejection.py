@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from fewstep.core.batch import like
+from fewstep.core.kernel import bridge, combine, epsilon_of
+from fewstep.core.likelihood import Counts
+from fewstep.core.multistep import Predict, Solver, prior_mean
 from fewstep.core.noise import Noise
+from fewstep.core.problem import Posterior
+from fewstep.core.sampler import State
 from fewstep.core.schedule import Schedule
+from fewstep.solvers.ddim import DDIM
 
 Ratio = Callable[[Tensor, Tensor], Tensor]  # (x_t, t), (N, *event) and (N,) -> log q_t(x_t) / p_t(x_t), (N,)
 
@@ -49,6 +55,16 @@ class Walk:
     def __post_init__(self) -> None:
         self.stale = torch.ones(len(self.x), dtype=torch.bool)
 
+    @classmethod
+    def of(cls, state: State, schedule: Schedule, times: Tensor, ratio: Ratio, bounds: Bounds, noise: Noise) -> Self:
+        """Return the walk that goes on from a state; at the start its memory is empty."""
+        x, count = state.x.clone(), len(state.x)
+        if state.memory is not None:
+            return cls(schedule, times, ratio, bounds, noise, x, *(value.clone() for value in state.memory))
+        level = torch.zeros(count, dtype=torch.long)
+        log_ratio = ratio(x, times[level].to(x)).double().cpu()
+        return cls(schedule, times, ratio, bounds, noise, x, level, log_ratio, torch.zeros_like(level))
+
     def streams(self, items: Tensor) -> Noise:
         """Return the noise of some samples; what the others need has no part in it."""
         return self.noise.part(items.tolist())
@@ -56,6 +72,20 @@ class Walk:
     def log_ratio_of(self, x: Tensor, level: Tensor) -> Tensor:
         """Return the log-ratio at a level for each point, (n, *event) and (n,) -> (n,) float64."""
         return self.ratio(x, self.times[level].to(x)).double().cpu()
+
+    def refresh(self, problem: Posterior, predict: Predict, x0: Tensor, items: Tensor) -> None:
+        """Put predictions of x_0 into `x0`, (N, *event), for those of `items` that lack one, at the cost of their share."""
+        items = items[self.stale[items]]
+        if len(items):
+            some = replace(problem, counts=Counts())
+            x0[items] = predict(some, self.x[items], self.times[self.level[items]], self.streams(items))
+            problem.counts.add(some.counts, len(items) / len(x0))
+
+    def step(self, x0: Tensor, items: Tensor, noise: Noise) -> Tensor:
+        """Return a draw of the next point given x_t and its prediction, (n, *event); at t = 0 the prediction."""
+        x, t, s = self.x[items], self.times[self.level[items]], self.times[self.level[items] + 1]
+        shares, epsilon = bridge(self.schedule, t, s, 1.0), epsilon_of(self.schedule, t, x, x0)
+        return torch.where(like(s, x0) > 0, combine(self.schedule, s, x0, epsilon, shares, noise), x0)
 
     def arrive(self, items: Tensor, x: Tensor, level: Tensor, log_ratio: Tensor) -> None:
         """Put some samples where they belong."""
@@ -141,3 +171,25 @@ RULES = {
     "restart": Rule(by_last_value, begin_again, True),
     "backstep": Rule(by_growth, step_back, True),
 }
+
+
+@torch.no_grad()
+def bounds_of(solver: Solver, problem: Posterior, ratio: Ratio, noise: Noise, share: float = 1.0) -> Bounds:
+    """Return bounds of a ratio from a run without rejection.
+
+    Args:
+        solver: whose steps and grid count.
+        problem: the prior with a `FlatLikelihood` of N items; the paper runs ten batches.
+        ratio: see `DiffRS`.
+        noise: N streams.
+        share: the quantile that is taken, the paper's gamma; 1 is the largest seen, which exact rules need to hold.
+    """
+    plain = DDIM(solver.steps, eta=1.0, grid=solver.grid)
+    state, seen = plain.init(problem, noise), []
+    for k, t in enumerate(plain.times(problem)):
+        seen.append(ratio(state.x, t.to(state.x).expand(len(state.x))).double().cpu())
+        state = plain.advance(problem, state, k, noise, prior_mean) if k < plain.steps else state
+    values = torch.stack(seen)
+    growth = torch.cat([torch.zeros_like(values[:1]), values.diff(dim=0)])
+    quantiles = (torch.quantile(side, share, dim=1) for side in (values, growth.clamp_min(0)))
+    return Bounds(*(tuple(side.tolist()) for side in quantiles))

@@ -15,7 +15,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -41,7 +40,7 @@ class Sweep(NamedTuple):
 
 @dataclass(frozen=True)
 class SRDS(Solver):
-    """Self-refining diffusion sampler: DDIM in steps x fine steps, parallel in time.
+    """Self-refining diffusion sampler: DDIM in steps x fine steps, parallel in time; `steps` items at once for each sample.
 
     Args:
         steps: blocks, and the most iterations; the paper has as many as fine steps in a block.
@@ -57,7 +56,7 @@ class SRDS(Solver):
     grid: str | tuple[float, ...] = "uniform"
 
     order: ClassVar = 1
-    adaptive: ClassVar = True
+    nfe_varies: ClassVar = True
     limit: ClassVar = "DDIM in steps x fine steps to within the tolerance, and with it the prior"
     presets: ClassVar = {"paper": {}, "exact": {"tolerance": 0.0}}
     reference: ClassVar = Reference(
@@ -85,10 +84,10 @@ class SRDS(Solver):
     def advance(self, problem: Posterior, state: State, k: int, noise: Noise, predict: Predict) -> State:
         """See `Solver`; step k is iteration k + 1, and the point of the state is the end of the last block."""
         times = times_of(self.grid, problem.schedule, self.steps * self.fine)
-        ends, follow = times[:: self.fine], partial(_follow, problem, partial(predict, noise=noise))
+        ends = times[:: self.fine]
 
         def coarse(x: Tensor, j: int) -> Tensor:
-            return follow(x, ends[j : j + 2])
+            return _follow(problem, predict, noise, x, ends[j : j + 2])
 
         sweep = state.memory or _guess(state.x, coarse, self.steps)
         if not bool(sweep.moving.any()):
@@ -97,7 +96,7 @@ class SRDS(Solver):
         # all blocks at once: each is a further sample of every measurement
         many = problem.expand(len(starts))
         inner = times[k * self.fine :].unfold(0, self.fine + 1, self.fine).T.repeat_interleave(len(state.x), 1)
-        fine = _follow(many, partial(predict, noise=noise), torch.cat(starts), inner).chunk(len(starts))
+        fine = _follow(many, predict, noise, torch.cat(starts), inner).chunk(len(starts))
         problem.counts.add(many.counts, len(starts))
         points, guesses = [*sweep.points[: k + 1], fine[0]], list(sweep.guesses)
         for j in range(k + 1, self.steps):
@@ -123,10 +122,10 @@ def _settled(old: Sweep, new: Sweep, tolerance: float) -> State:
     return State(points[-1], Sweep(points, guesses, new.moving & (change >= tolerance)))
 
 
-def _follow(problem: Posterior, predict: Callable[..., Tensor], x: Tensor, times: Tensor) -> Tensor:
+def _follow(problem: Posterior, predict: Predict, noise: Noise, x: Tensor, times: Tensor) -> Tensor:
     """Return where DDIM leads from `x`, (N, *event), along falling `times`, (S + 1,) or (S + 1, N)."""
     for t, s in itertools.pairwise(times):
-        x0 = predict(problem, x, t)
+        x0 = predict(problem, x, t, noise)
         kept, weight = _ddim(problem.schedule, t, s)
         x = like(kept, x) * x + like(weight, x) * x0
     return x

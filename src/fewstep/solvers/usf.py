@@ -36,7 +36,7 @@ class USF(MultistepSolver):
     """
 
     steps: int = 10
-    decisions: tuple[tuple[str, int, str, int, bool], ...] = (Decision(),)
+    decisions: tuple[tuple[str, int, str, int, bool], ...] = (("x0", 2, "half", 0, False),)
     grid: str | tuple[float, ...] = "log_snr"
 
     form: ClassVar = X0
@@ -50,6 +50,7 @@ class USF(MultistepSolver):
     )
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "decisions", tuple(tuple(decision) for decision in self.decisions))
         if not self.decisions:
             raise ValueError("there must be at least one decision")
         for decision in (Decision(*given) for given in self.decisions):

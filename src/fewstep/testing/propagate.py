@@ -26,7 +26,12 @@ class _Flat:
 
     def __init__(self, state: Any) -> None:
         leaves, self.spec = pytree.tree_flatten(state)
-        if not all(leaf is None or (isinstance(leaf, Tensor) and leaf.is_floating_point()) for leaf in leaves):
+        numbers = (
+            isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.ndim > 1
+            for leaf in leaves
+            if leaf is not None
+        )
+        if not all(numbers):
             raise TypeError("the sampler carries more than tensors of numbers from step to step")
         self.shapes = [None if leaf is None else leaf.shape[1:] for leaf in leaves]
 

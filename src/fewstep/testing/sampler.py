@@ -111,7 +111,7 @@ def check_side_effects(sampler: Sampler) -> None:
 def check_cost(sampler: Sampler) -> None:
     """Measured network calls equal the declared number; of a sampler that adapts to the sample they do not exceed it."""
     measured = sampler(gaussian_problem().problem, 2).counts.network
-    fits = 0 < measured <= sampler.nfe if sampler.adaptive else measured == sampler.nfe
+    fits = 0 < measured <= sampler.nfe if sampler.nfe_varies else measured == sampler.nfe
     assert fits, f"declares {sampler.nfe} network calls, makes {measured}"
 
 

@@ -100,7 +100,9 @@ class SolverSearch(Tuner):
         net = fit(features(state["genes"], state["logs"]), state["scores"], mix(task.seed, k, 1))
         order = net(features(genes, logs)).argsort()
         guided = order[: self.tried - self.blind]
-        blind = order[self.tried - self.blind :][torch.from_numpy(rng.permutation(self.children - len(guided)))][: self.blind]
+        blind = order[self.tried - self.blind :][torch.from_numpy(rng.permutation(self.children - len(guided)))][
+            : self.blind
+        ]
         chosen = torch.cat([guided, blind])
         fresh = {"genes": genes[chosen], "logs": logs[chosen]}
         fresh["scores"] = self._scores(task, state, fresh["genes"], fresh["logs"])

@@ -15,7 +15,7 @@ tags: [diffusion, image-restoration, posterior-sampling]
 {summary} {calls} network calls per outer step, {millions:.2f} M parameters in this file, half precision.
 
 ```python
-sampler = fewstep.load_sampler({name!r})  # the path of this folder
+sampler = fewstep.load_sampler("{name}")  # the path of this folder
 ```
 """
 SUMMARIES = {
@@ -37,6 +37,7 @@ def model_card(name: str, header: Mapping[str, Any]) -> str:
         "Prior": _prior(header),
         "Data": header.get("data", "unknown"),
         "Command": f"`{header['command']}`" if "command" in header else "unknown",
+        **({"What was really run": header["what_was_run"]} if "what_was_run" in header else {}),
         "Hash": f"SHA-256 of `model.safetensors`: {header['sha256']}",
         "Licence": header.get("licence", "unknown"),
         "Written by": f"fewstep {header['library_version']}",
