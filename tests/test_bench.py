@@ -222,7 +222,7 @@ def test_speed_benchmark(folder, prior, tmp_path):
 def test_importing_costs_little(tmp_path):
     rows = startup.main(tmp_path / "s.json", repeats=1).tables["Start"]
     assert [r["command"] for r in rows] == ["import fewstep", "fewstep --help"]
-    assert all(0 < r["seconds"] and r["over"] < r["seconds"] for r in rows)
+    assert all(0 < r["seconds"] and r["over"] <= r["seconds"] for r in rows)  # bare Python can cost 0.00 s
 
 
 def test_processor_seconds_leave_other_work_out():
