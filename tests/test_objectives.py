@@ -12,12 +12,20 @@ from fewstep.core.denoiser import Denoiser
 from fewstep.core.likelihood import FlatLikelihood, GaussianLikelihood
 from fewstep.core.noise import Noise
 from fewstep.core.schedule import VariancePreserving
-from fewstep.objectives.adversarial import Critic, CriticConfig, critic_loss, generator_loss
-from fewstep.objectives.embeddings import Features, Patches, measured
+from fewstep.core.together import Together
+from fewstep.objectives.adversarial import Critic, CriticConfig, fake_loss, generator_loss, real_loss
+from fewstep.objectives.denoising import DenoisingScoreMatching
+from fewstep.objectives.embeddings import Features, MeasuredPatches, Patches, measured
 from fewstep.objectives.energy import energy_score
+from fewstep.objectives.matching import DistributionMatching, fake_score
 from fewstep.objectives.perceptual import lpips_distance, lpips_features
 from fewstep.objectives.ud2m import UD2M, Contest, Weights
 from fewstep.operators.matrix import MatrixOperator
+from fewstep.operators.words import get_operator
+from fewstep.priors.exact import GaussianPrior, MixturePrior
+from fewstep.priors.unet import UNetConfig, UNetDenoiser
+from fewstep.training import Trainer, TrainingOptions
+from fewstep.unfolded.lora import LoRAConfig
 
 
 def randn(*shape, seed=0):
@@ -109,6 +117,24 @@ def test_patches():
     torch.testing.assert_close(parts[1][0, :, 3] * 192**0.5, half.flatten())
 
 
+def test_patches_in_the_metric_of_the_likelihood():
+    """One patch of the whole image: its length is |A x| / sigma, each item by its own operator, and large weights are cut."""
+    x, parts = randn(2, 3, 16, 16), []
+    for word, fields in (("deblur-gaussian", {"width": 1.0}), ("sr", {"factor": 2})):
+        operator = get_operator(word)(**fields)
+        parts.append(operator.likelihood(operator.simulate(torch.rand(1, 3, 16, 16), 0.1), None, 0.1))
+    whole = Patches(16, 16, (1,))
+    (found,) = MeasuredPatches(whole, limit=1e6)(torch.cat([x, 2 * x]), Together(parts))
+    expected = torch.stack([part.A(x[b : b + 1]).norm() / 0.2 for b, part in enumerate(parts)])  # [-1, 1] units
+    lengths = found[..., 0].norm(dim=1) * (3 * 256) ** 0.5
+    torch.testing.assert_close(lengths, torch.cat([expected, 2 * expected]), rtol=1e-3, atol=1e-3)
+    cut = MeasuredPatches({"size": 16, "stride": 16, "scales": (1,)}, limit=0.5)(x, Together(parts))[0]
+    assert bool((cut[..., 0].norm(dim=1) < 0.5 * whole(x, Together(parts))[0][..., 0].norm(dim=1)).all())
+    assert torch.equal(MeasuredPatches(whole)(x, FlatLikelihood((3, 16, 16), 2))[0], whole(x, Together(parts))[0])
+    with pytest.raises(ValueError, match="limit must be positive"):
+        MeasuredPatches(limit=0.0)
+
+
 @pytest.fixture(scope="module")
 def lpips_network():
     """A network of random weights: the formula is the same, and nothing needs to be there."""
@@ -167,18 +193,151 @@ def test_logits_one_per_place():
 def test_r1_is_the_gradient_of_the_mean_logit():
     critic, condition = Linear(), (torch.zeros(2, 3, 4, 4), torch.ones(2))
     real, fake = randn(2, 3, 4, 4, seed=1), randn(2, 3, 4, 4, seed=2)
-    plain, penalised = (critic_loss(critic, real, fake, condition, r1) for r1 in (0.0, 3.0))
+    plain, penalised = (real_loss(critic, real, condition, r1) for r1 in (0.0, 3.0))
     slope = 4 / 3 * critic.w
     torch.testing.assert_close(penalised - plain, (1.5 * slope.square().sum()).expand(2))
     soft = nn.functional.softplus
-    expected = soft(-critic(real, *condition)).mean(1) + soft(critic(fake, *condition)).mean(1)
-    torch.testing.assert_close(plain, expected)
+    torch.testing.assert_close(plain, soft(-critic(real, *condition)).mean(1))
+    torch.testing.assert_close(fake_loss(critic, fake, condition), soft(critic(fake, *condition)).mean(1))
     torch.autograd.grad(penalised.sum(), critic.w)  # the penalty itself is trained
 
 
 def test_the_generator_is_told_how_likely_its_draws_look():
     logits = randn(2, 3)
     torch.testing.assert_close(generator_loss(logits), -torch.sigmoid(logits).log().mean(1))
+
+
+# ---- distribution matching --------------------------------------------------------------------------------------------
+
+PRIOR_MEAN, PRIOR_VARIANCE, COUNT = 0.4, 0.5, 2_000
+LEVELS = DenoisingScoreMatching(median=0.7, spread=0.8, ratio_min=0.05, ratio_max=20.0)
+
+
+def gaussian(mean, variance):
+    return GaussianPrior(torch.tensor([mean]).double(), torch.tensor(variance).double())
+
+
+class Swapped(DistributionMatching):
+    """The planted wrong sign: from real to fake."""
+
+    def direction(self, prior, fake, draws, noise):
+        return super().direction(fake, prior, draws, noise)
+
+
+def divergence_slopes(mean, sd, ratio, weight):
+    """Return d/d(mean, sd) of weight ratio^2 KL(N(mean, sd^2 + ratio^2) || N(PRIOR_MEAN, PRIOR_VARIANCE + ratio^2))."""
+    m, s = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (mean, sd))
+    q, p = s.square() + ratio**2, PRIOR_VARIANCE + ratio**2
+    kl = 0.5 * (q / p + (m - PRIOR_MEAN).square() / p - 1 - (q / p).log())
+    return torch.stack([g.mean() for g in torch.autograd.grad((weight * ratio**2 * kl).mean(), (m, s))])
+
+
+def matching_slopes(matching, mean, sd):
+    """Return the loss's derivatives in (mean, sd) of draws mean + sd z, with their standard errors and what they should be."""
+    noise = Noise(range(COUNT), torch.float64)
+    ratio = matching.levels.ratios(Noise(range(COUNT), torch.float64))  # the same that the loss draws first
+    z = Noise(range(COUNT, 2 * COUNT), torch.float64).randn(1)
+    params = [torch.full((COUNT, 1), v, dtype=torch.float64, requires_grad=True) for v in (mean, sd)]
+    loss = matching.loss(gaussian(PRIOR_MEAN, PRIOR_VARIANCE), gaussian(mean, sd**2), params[0] + params[1] * z, noise)
+    each = torch.cat(torch.autograd.grad(loss.sum(), params), 1)
+    expected = divergence_slopes(mean, sd, ratio, matching.levels.weight(ratio).sqrt())
+    return each.mean(0), each.std(0) / COUNT**0.5, expected
+
+
+@pytest.mark.parametrize(("mean", "sd"), [(0.9, 0.3), (-0.5, 1.2)])
+def test_the_gradient_of_distribution_matching_is_that_of_a_divergence(mean, sd):
+    """With exact scores; towards the prior, whose mean and spread lie on either side, and the wrong sign fails."""
+    found, error, expected = matching_slopes(DistributionMatching(LEVELS), mean, sd)
+    assert bool(((found - expected).abs() < 4 * error).all())
+    assert bool((expected.abs() > 6 * error).all())
+    assert expected[0].sign() == math.copysign(1, mean - PRIOR_MEAN)
+    assert expected[1].sign() == math.copysign(1, sd**2 - PRIOR_VARIANCE)
+    planted, error, expected = matching_slopes(Swapped(LEVELS), mean, sd)
+    assert not bool(((planted - expected).abs() < 4 * error).any())
+
+
+def mixture(shift=0.0):
+    means = torch.tensor([[-1.0, 0.5], [1.0, -0.3]]).double() + shift
+    return MixturePrior(torch.tensor([0.3, 0.7]).double(), means, torch.tensor([0.1, 0.3]).double())
+
+
+def test_nothing_is_left_where_the_laws_agree_and_a_step_brings_them_nearer():
+    prior, matching = mixture(), DistributionMatching(LEVELS)
+    draws = prior.sample(500, seed=1)
+    assert float(matching.direction(prior, mixture(), draws, Noise(range(500), torch.float64)).abs().max()) == 0
+    moved = draws + 0.4
+    for kind, nearer in ((matching, True), (Swapped(LEVELS), False)):
+        step = kind.direction(prior, mixture(0.4), moved, Noise(range(500), torch.float64))
+        mean, error = step.mean(0), step.std(0) / 500**0.5
+        assert bool((mean.abs() > 4 * error).all())
+        assert bool((mean > 0).all()) is nearer  # minus it is the way
+
+
+class Generator(nn.Module):
+    """Draws mean + sd z that know nothing of y: their law is to become the prior's."""
+
+    def __init__(self):
+        super().__init__()
+        self.mean, self.log_sd = nn.Parameter(torch.tensor(1.2)), nn.Parameter(torch.tensor(-1.5))
+
+    def forward(self, problem, x_t, t, noise, previous=None):
+        return self.mean + self.log_sd.exp() * noise.randn_like(x_t)
+
+
+class Fitted(Denoiser):
+    """The exact denoiser of N(mean, variance), both to be learned."""
+
+    def __init__(self):
+        super().__init__()
+        self.schedule, self.event_shape = VariancePreserving(), (1,)
+        self.mean, self.log_variance = nn.Parameter(torch.tensor(1.2)), nn.Parameter(torch.tensor(-3.0))
+
+    def forward(self, x_t, t, **cond):
+        alpha, sigma = (c.reshape(-1, 1) for c in self.schedule(t))
+        variance = self.log_variance.exp()
+        return self.mean + alpha * variance / (alpha**2 * variance + sigma**2) * (x_t - alpha * self.mean)
+
+
+class Nothing:
+    """Measurements that say nothing."""
+
+    def count(self, step):
+        return 64
+
+    def batch(self, step, items):
+        return {"x0": torch.zeros(len(items), 1), "likelihood": FlatLikelihood((1,), len(items))}
+
+
+def test_a_learned_fake_score_leads_the_sampler_to_the_prior(tmp_path):
+    """Two players through the trainer: from N(1.2, .05), with a fake score that follows, to the prior's mean and spread."""
+    prior = GaussianPrior(torch.tensor([PRIOR_MEAN]), torch.tensor(PRIOR_VARIANCE))
+    objective = UD2M(prior, Weights(energy=0, matching=1), matching=DistributionMatching(LEVELS), draws=1, fake_turns=2)
+    contest = Contest(Generator(), fake=Fitted())
+    assert list(objective.players(contest)) == ["model", "fake", "fake1"]
+    options = TrainingOptions(steps=150, lr=0.06, warmup=1, ema=0.9, weight_decay=0.0, precision="no", log_every=150)
+    trained = Trainer(contest, objective, Nothing(), tmp_path, options, cpu=True).run()
+    assert float(trained.network.mean) == pytest.approx(PRIOR_MEAN, abs=0.1)
+    assert float(trained.network.log_sd.exp() ** 2) == pytest.approx(PRIOR_VARIANCE, rel=0.2)
+    assert float(trained.fake.mean) == pytest.approx(float(trained.network.mean), abs=0.1)
+
+
+def test_a_fake_score_is_a_copy_of_the_prior_of_which_little_is_trained():
+    pytest.importorskip("peft")
+    prior = UNetDenoiser(UNetConfig(widths=(8, 8), layers=1, groups=4)).eval()
+    nn.init.normal_(prior.net.conv_out.weight, std=0.1, generator=torch.Generator().manual_seed(0))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        fake = fake_score(prior, LoRAConfig(rank=2))
+    x, t = randn(2, 3, 16, 16), torch.tensor([0.2, 0.7])
+    torch.testing.assert_close(fake(x, t), prior(x, t))
+    names = [name for name, p in fake.named_parameters() if p.requires_grad]
+    assert names and all("lora_" in name for name in names)
+    assert all(p.requires_grad for p in prior.parameters())
+    draws = x.clone().requires_grad_()
+    DistributionMatching().fake_loss(fake, draws, Noise(range(2))).backward()
+    assert draws.grad is None and all(p.grad is not None for p in fake.parameters() if p.requires_grad)
+    with pytest.raises(ValueError, match="no fake score"):
+        fake_score(prior, LoRAConfig(rank=0))
 
 
 # ---- all together -----------------------------------------------------------------------------------------------------
@@ -205,7 +364,18 @@ class Draws(nn.Module):
 
 
 SIZE = (3, 32, 32)
-EVERY = {"energy": 1.0, "perceptual": 2.0, "noise": 3.0, "adversarial": 4.0}
+EVERY = {"energy": 1.0, "perceptual": 2.0, "noise": 3.0, "adversarial": 4.0, "matching": 5.0}
+
+
+class Fake(Prior):
+    """Half of what the prior says, by a weight that is trained."""
+
+    def __init__(self):
+        super().__init__()
+        self.share = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x_t, t, **cond):
+        return self.share * x_t
 
 
 def play(lpips_network, player="model", **weights):
@@ -219,7 +389,7 @@ def play(lpips_network, player="model", **weights):
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        contest = Contest(Draws(), Critic(CriticConfig(width=4, stages=1)))
+        contest = Contest(Draws(), Critic(CriticConfig(width=4, stages=1)), Fake())
     batch = {"x0": randn(2, *SIZE).clamp(-1, 1), "likelihood": FlatLikelihood(SIZE, 2)}
     loss, figures = objective.loss(player, contest, batch, Noise(range(2)))
     return objective, contest, loss, figures
@@ -235,6 +405,7 @@ def test_every_term_can_be_switched_off(lpips_network):
         assert figures == pytest.approx({name: every[name] for name in kept})
         assert float(loss) == pytest.approx(float(total) - EVERY[off] * every[off], rel=1e-4)
         assert ("critic" in objective.players(contest)) == (off != "adversarial")
+        assert ("fake" in objective.players(contest)) == (off != "matching")
 
 
 @pytest.mark.parametrize("cap", [1e9, 0.05])
@@ -256,11 +427,41 @@ def test_the_noise_prediction_is_a_weighted_error_of_x0(lpips_network, cap):
         assert float(loss) == pytest.approx(float((epsilon / sigma - z.repeat(2, 1, 1, 1)).square().mean()), rel=1e-4)
 
 
-def test_turns_leave_the_other_player_alone(lpips_network):
-    _, contest, loss, _ = play(lpips_network, "critic", **EVERY)
+class Remembering(Draws):
+    remembers = True
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def forward(self, problem, x_t, t, noise, previous=None):
+        self.seen.append((t, previous, super().forward(problem, x_t, t, noise)))
+        return self.seen[-1][2]
+
+
+def test_a_start_that_remembers_is_trained_as_it_is_used():
+    """It gets a draw at the same x_t, and at t = 1, where sampling begins, the start that there is without one."""
+    objective = UD2M(Prior(), Weights(energy=0, noise=1), times=(1.0, 0.3), share=1.0)
+    network, count = Remembering(), 12
+    likelihood = GaussianLikelihood(randn(count, 4), MatrixOperator(randn(4, 4)), 0.5)
+    objective.loss("model", Contest(network), {"x0": randn(count, 4), "likelihood": likelihood}, Noise(range(count)))
+    (t, before, draw), (again, previous, _) = network.seen
+    assert before is None and torch.equal(t, again) and not previous.requires_grad
+    first = t == 1
+    assert 0 < int(first.sum()) < len(t)
+    assert torch.equal(previous[~first], draw[~first])
+    expected = likelihood.expand(2).prox(torch.zeros(2 * count, 4), 1.0)  # x_t says next to nothing
+    torch.testing.assert_close(previous[first], expected[first], rtol=0.01, atol=0.05)
+
+
+@pytest.mark.parametrize("player", ["critic", "fake"])
+def test_turns_leave_the_other_players_alone(lpips_network, player):
+    _, contest, loss, _ = play(lpips_network, player, **EVERY)
     loss.backward()
-    assert contest.network.a.grad is None
-    assert all(p.grad is not None and float(p.grad.abs().max()) > 0 for p in contest.critic.parameters())
+    other = contest.fake if player == "critic" else contest.critic
+    assert contest.network.a.grad is None and all(p.grad is None for p in other.parameters())
+    mine = getattr(contest, player).parameters()
+    assert all(p.grad is not None and float(p.grad.abs().max()) > 0 for p in mine)
     objective, contest, loss, _ = play(lpips_network, **EVERY)
     grads = torch.autograd.grad(loss, list(objective.players(contest)["model"]))
     assert all(float(g.abs().max()) > 0 for g in grads)
@@ -271,13 +472,17 @@ def test_what_is_refused(lpips_network):
         ({"weights": Weights(), "embeddings": ()}, "energy score needs"),
         ({"weights": Weights(), "embeddings": (measured,), "draws": 1}, "energy score needs"),
         ({"weights": Weights(energy=0, perceptual=1)}, "LPIPS network"),
-        ({"weights": Weights(energy=0), "share": 2.0}, "share lies"),
+        ({"weights": Weights(energy=0, noise=1), "share": 2.0}, "share lies"),
+        ({"weights": Weights(energy=0, noise=1), "fake_turns": 0}, "fake_turns is at least 1"),
+        ({"weights": Weights(energy=0)}, "every term is switched off"),
     ):
         with pytest.raises(ValueError, match=match):
             UD2M(Prior(), **wrong)
     with pytest.raises(ValueError, match="must not be negative"):
         Weights(noise=-1.0)
     with pytest.raises(TypeError, match="trains a Contest"):
-        UD2M(Prior(), Weights(energy=0)).players(Draws())
+        UD2M(Prior(), Weights(energy=0, noise=1)).players(Draws())
     with pytest.raises(ValueError, match="needs a critic"):
         UD2M(Prior(), Weights(energy=0, adversarial=1)).players(Contest(Draws()))
+    with pytest.raises(ValueError, match="needs a fake score"):
+        UD2M(Prior(), Weights(energy=0, matching=1)).players(Contest(Draws()))

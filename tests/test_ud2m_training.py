@@ -104,16 +104,28 @@ def no_files(monkeypatch):
 # ---- from a recipe to a sampler ---------------------------------------------------------------------------------------
 
 
+EVERYTHING = {
+    "lora": {"rank": 4},
+    "weights": {"energy": 1.0, "perceptual": 0.5, "noise": 0.1, "adversarial": 0.1, "matching": 0.1},
+    "objective": {"draws": 2, "fake_turns": 2},
+    "features": "squeeze",
+    "measured": {"patches": {"scales": [1, 2]}, "limit": 5.0},
+    "matching": {"median": 0.5},
+    "fake": {"rank": 2},
+}
+
+
 @pytest.mark.parametrize("decoder", ["lora-context", "full"])
 def test_two_steps_with_every_term_and_what_they_leave(tmp_path, no_files, decoder):
     if "lora" in decoder:
         pytest.importorskip("peft")
-    recipe, data = prepare(tmp_path, decoder, **({"lora": {"rank": 4}} if "lora" in decoder else {}))
+    recipe, data = prepare(tmp_path, decoder, **(EVERYTHING if "lora" in decoder else {}))
     start = recipes.read_recipe(recipe).trainer(data, tmp_path / "unused").model
     contest = recipes.train(recipe, data, tmp_path / "out")
     first, last = (entry for entry in log(tmp_path / "out") if "model/loss" in entry)
-    for name in ("energy", "perceptual", "noise", "adversarial"):
-        assert np.isfinite(last[f"model/{name}"])
+    terms = ("energy", "perceptual", "noise", "adversarial", *(("matching",) if "lora" in decoder else ()))
+    assert all(np.isfinite(last[f"model/{name}"]) for name in terms)
+    assert ("fake/grad_norm" in last) == ("fake1/grad_norm" in last) == ("lora" in decoder)
     assert last["critic/grad_norm"] > 0 and first["model/loss"] != last["model/loss"]
     assert {"validation/psnr", "validation/std"} <= set(log(tmp_path / "out")[-1])
     trainable = {name for name, p in start.named_parameters() if p.requires_grad}
@@ -268,7 +280,7 @@ def families():
     return (
         Family("deblur-gaussian", fields={"width": {"low": 0.5, "high": 3.0}}),
         Family("inpaint-random", 2.0, {"mask_seed": {"low": 0, "high": 10**6}}),
-        Family("jpeg", fields={"quality": {"low": 5, "high": 60}}, sigma=0),
+        Family("jpeg", fields={"quality": {"low": 5, "high": 60}, "step_std": 0.0}, sigma=0),
     )
 
 
@@ -323,6 +335,10 @@ def test_fields_and_noise_are_drawn_as_the_recipe_says():
         ({"decoder": "full", "lora": {"rank": 4}}, "takes no lora"),
         ({"lora": {"rnk": 4}}, "did you mean 'rank'"),
         ({"weights": {"enrgy": 1}}, "did you mean 'energy'"),
+        ({"measured": {"limt": 1}}, "did you mean 'limit'"),
+        ({"lora": {}, "init": "x"}, "init starts from a whole network"),
+        ({"matching": {"medan": 1}}, "did you mean 'median'"),
+        ({"weights": {"matching": 1}, "fake": {"rnk": 4}}, "did you mean 'rank'"),
         ({"network": {"levels": {"iteration": 2}}}, "did you mean 'iterations'"),
         ({"holdout": 3}, "has 3 images"),
         ({"kind": "ud3m"}, "unknown kind"),
@@ -376,7 +392,7 @@ def likelihood_of(word, fields, size=24):
     operator = get_operator(word)(**fields)
     sigma = 0.0 if word == "jpeg" else 0.05
     options = {"dtype": torch.float64} if word == "jpeg" else {}
-    if word == "jpeg" and not fields.get("step_std"):
+    if word == "jpeg" and not fields["step_std"]:
         options["tol"] = 1e-6  # of the projection
     return operator.likelihood(operator.simulate(x, sigma), None, sigma or None, **options), 2 * x - 1
 
@@ -406,8 +422,8 @@ def slopes(likelihood, x):
         ("inpaint-random", {}),
         ("inpaint-box", {"size": 8}),
         ("denoise", {}),
-        ("jpeg", {"quality": 20}),
-        ("jpeg", {"quality": 60}),
+        ("jpeg", {"quality": 20, "step_std": 0.0}),
+        ("jpeg", {"quality": 60, "step_std": 0.0}),
         ("jpeg", {"quality": 20, "step_std": 0.2}),
     ],
 )
@@ -417,7 +433,7 @@ def test_gradients_pass_through_every_prox(word, fields):
 
 
 def test_a_straight_gradient_through_jpeg_is_found():
-    likelihood, x = likelihood_of("jpeg", {"quality": 20})
+    likelihood, x = likelihood_of("jpeg", {"quality": 20, "step_std": 0.0})
 
     class Straight(JpegLikelihood):
         def prox(self, z, rho=1.0):

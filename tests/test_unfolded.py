@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 import fewstep
-from fewstep.bench.unfolded import Setup, Trial
-from fewstep.core.likelihood import GaussianLikelihood, JointLikelihood
+from fewstep.bench.designs import Design
+from fewstep.bench.trials import Setup, Trial
+from fewstep.core.likelihood import FlatLikelihood, GaussianLikelihood, JointLikelihood
 from fewstep.core.noise import Noise
 from fewstep.core.problem import Posterior
 from fewstep.core.schedule import Tabulated
@@ -24,7 +25,9 @@ from fewstep.testing.propagate import finite_step_law
 from fewstep.unfolded.decoders import AdaptedDecoder, ContextDecoder, CorrectedDecoder, PriorDecoder
 from fewstep.unfolded.levels import LevelConfig, Levels
 from fewstep.unfolded.network import UnfoldedConfig, UnfoldedNetwork
+from fewstep.unfolded.ram import RAM_VARIABLE, Stack, ram_network
 from fewstep.unfolded.sampler import Unfolded
+from fewstep.unfolded.starts import STARTS, Given
 from fewstep.unfolded.store import load_network, save_network
 
 TINY = UNetConfig(widths=(8, 8), layers=1, groups=4)
@@ -213,17 +216,110 @@ def test_starts():
         UnfoldedConfig(start="no")
 
 
+class LinearRAM(nn.Module):
+    """Stands for RAM: the mean of u given the measurement under N(mean, 1 / 4), through nothing but what it is given."""
+
+    get_pad = staticmethod(lambda size: (0, 64 - size[-2], 64 - size[-1]))
+
+    def __init__(self, variance=0.25):
+        super().__init__()
+        self.variance = variance
+
+    def forward(self, y, physics):
+        gamma = self.variance / physics.noise_model.sigma.square()
+        half = torch.full_like(physics.A_adjoint(y), 0.5)
+        return physics.prox_l2(half, y, gamma[:, None, None, None])
+
+
+@pytest.fixture
+def given():
+    """y of three operators and x_t at a time of its own each, float64."""
+    x = torch.rand(3, 3, 16, 20, generator=torch.Generator().manual_seed(0))
+    parts = []
+    for b, (word, fields) in enumerate(
+        [("deblur-gaussian", {"width": 1.0}), ("inpaint-random", {}), ("sr", {"factor": 2})]
+    ):
+        operator = get_operator(word)(**fields)
+        parts.append(operator.likelihood(operator.simulate(x[b : b + 1], 0.05), None, 0.05))
+    alpha, sigma = fewstep.VariancePreserving()(torch.tensor([1.0, 0.5, 0.05]))
+    x_t = alpha[:, None, None, None] * from_unit(x) + sigma[:, None, None, None] * Noise(range(3)).randn_like(x)
+    return Given(Together(parts), x_t, alpha, sigma, None)
+
+
+def test_what_ram_is_given_is_the_measurement(given, monkeypatch):
+    """With a linear network in its place the start is E[x_0 | y, x_t] under a standard normal prior, exactly."""
+    monkeypatch.setattr("fewstep.unfolded.ram.ram_network", LinearRAM)
+    expected = STARTS["gaussian"].begin(given)
+    torch.testing.assert_close(STARTS["ram"].begin(given), expected, rtol=1e-3, atol=1e-3)
+    monkeypatch.setattr("fewstep.unfolded.ram.ram_network", lambda: LinearRAM(1.0))  # the units of [-1, 1]
+    assert float((STARTS["ram"].begin(given) - expected).abs().max()) > 0.1
+    with pytest.raises(TypeError, match="takes real linear measurements"):
+        STARTS["ram"].begin(given._replace(likelihood=FlatLikelihood((3, 16, 20), 3)))
+
+
+def test_the_operator_that_ram_is_given_has_its_adjoint_and_its_prox(given):
+    for likelihood, *rest in zip(given.likelihood.parts, *(v.split(1) for v in given[1:4]), strict=True):
+        stack = Stack(likelihood, *rest, (16, 4))
+        noise, gamma = Noise([5]), torch.tensor([2.0])
+        u, v, z = noise.randn(3, 32, 24), noise.randn_like(stack.y), noise.randn(3, 32, 24)
+        back = stack.A_adjoint(v)
+        assert float((stack.A(u) * v).sum()) == pytest.approx(float((u * back).sum()), rel=1e-4)
+        least = stack.prox_l2(z, v, gamma[:, None, None, None]).double().requires_grad_()
+        value = gamma / 2 * (stack.A(least) - v).square().sum() + (least - z).square().sum() / 2
+        assert float(torch.autograd.grad(value, least)[0].abs().max()) < 1e-4
+
+
+def test_ram_counts_as_a_call_and_its_weights_are_asked_for(given, monkeypatch, tmp_path):
+    monkeypatch.setattr("fewstep.unfolded.ram.ram_network", LinearRAM)
+    sampler = Unfolded(UnfoldedNetwork(UnfoldedConfig(LevelConfig(2), start="ram"), PriorDecoder()), steps=2)
+    problem = Posterior(UNetDenoiser(TINY).eval(), given.likelihood)
+    assert sampler(problem, 1).counts.network == sampler.nfe == 6
+    monkeypatch.setenv(RAM_VARIABLE, str(tmp_path / "none.pth"))
+    with pytest.raises(ValueError, match=r"none\.pth does not exist: set FEWSTEP_RAM to"):
+        ram_network()
+    monkeypatch.delenv(RAM_VARIABLE)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(ValueError, match=r"let deepinv download them once: python -c"):
+        ram_network()
+    (tmp_path / "wrong.pth").write_bytes(b"no weights")
+    monkeypatch.setenv(RAM_VARIABLE, str(tmp_path / "wrong.pth"))
+    with pytest.raises(ValueError, match="holds no weights of RAM"):
+        ram_network()
+
+
+@pytest.mark.slow
+def test_ram_itself_with_random_weights(given, monkeypatch, tmp_path):
+    """deepinv's own class, whose width is fixed: weights from a file, an image for each item, and each item on its own."""
+    models = pytest.importorskip("deepinv.models")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        torch.save(models.RAM(pretrained=False).state_dict(), tmp_path / "ram.pth")
+    monkeypatch.setenv(RAM_VARIABLE, str(tmp_path / "ram.pth"))
+    assert not any(p.requires_grad for p in ram_network().parameters())
+    x = STARTS["ram"].begin(given)
+    assert x.shape == given.x_t.shape and bool(torch.isfinite(x).all())
+    blur = given.likelihood.parts[0].expand(2)
+    twice = Given(blur, given.x_t[:2], given.alpha[:2], given.sigma[:2], None)
+    torch.testing.assert_close(STARTS["ram"].begin(twice)[:1], x[:1], rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.slow
 def test_training_moves_towards_the_posterior_and_a_planted_collapse_does_not():
     """The benchmark in small: the same trainer, objective, sampler and measures."""
-    from fewstep.bench.unfolded import LEVELS, train
-
     setup = Setup(dim=4, width=64, steps=800, batch=96, draws=3)
     trial = Trial.of(setup, 6, 400, 0)
-    levels = LEVELS["consistent"]
-    before = trial.distances(Unfolded(setup.network(levels).eval(), steps=1)(trial.problem, 400, seed=0).x)
-    after = trial.distances(Unfolded(train(setup, levels), steps=1)(trial.problem, 400, seed=0).x)
+    design = Design(UD2M.preset("consistent"))
+    before, after = (
+        trial.distances(design.sampler(network, 1)(trial.problem, 400, seed=0).x)
+        for network in (design.network(setup).eval(), design.train(setup))
+    )
     collapsed = trial.distances(trial.posterior.mean.reshape(1, 6, 4).expand(400, -1, -1))
     assert after["mean error"] < 0.9 * before["mean error"] and after["SW/floor"] < 0.9 * before["SW/floor"]
     assert 0.8 < after["observed"] < 1.25 < before["observed"]
     assert collapsed["null space"] < 1e-9 and collapsed["SW/floor"] > after["SW/floor"]
+
+
+def test_fields_that_a_trained_network_would_ignore_are_refused():
+    assert UD2M.preset("photo", steps=2, eta=0.5).nfe == 6
+    with pytest.raises(ValueError, match="'natural-general' has its own base, pairing"):
+        UD2M.preset("photo", base="annealed", pairing=2.0)

@@ -7,7 +7,7 @@ shows what training adds: at the published levels, pinned to the noise floor, th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import ClassVar
 
@@ -16,6 +16,8 @@ from fewstep.unfolded.levels import LevelConfig
 from fewstep.unfolded.network import UnfoldedConfig, UnfoldedNetwork
 from fewstep.unfolded.sampler import UnfoldedSampler
 from fewstep.unfolded.store import find_network, open_network
+
+UNTRAINED = ("iterations", "base", "pairing", "scale", "start")  # fields of the untrained network
 
 
 @dataclass(frozen=True)
@@ -29,10 +31,13 @@ class UD2M(UnfoldedSampler):
         base: noise levels of the inner iterations, "annealed" or "pinned" to the noise floor.
         pairing: noise variance over squared prox step; 2 is Langevin.
         scale: of the operator's noise in pinned levels (the paper: 13 for inpainting, else 1).
-        start: where the inner iterations begin: "gaussian", "pinv", "blend" or "previous".
+        start: where the inner iterations begin: "gaussian", "pinv", "blend", "previous" or "ram".
         eta: share of fresh noise in the outer step.
         kernel: outer step, "bridge" or "one_step" as in the paper's code.
         grid: spacing of the outer times.
+
+    Raises:
+        ValueError: a field of the untrained network beside a trained one, which would have no effect.
     """
 
     steps: int = 3
@@ -56,6 +61,11 @@ class UD2M(UnfoldedSampler):
         "consistent": {"base": "annealed", "pairing": 2.0, "start": "gaussian", "eta": 1.0, "kernel": "bridge"},
         "photo": {"network": "natural-general", "eta": 1.0, "kernel": "bridge"},
     }
+
+    def __post_init__(self) -> None:
+        idle = [f.name for f in fields(self) if f.name in UNTRAINED and getattr(self, f.name) != f.default]
+        if self.network and idle:
+            raise ValueError(f"the trained network {self.network!r} has its own {', '.join(idle)}: give none beside it")
 
     @property
     def folder(self) -> Path | None:

@@ -65,11 +65,15 @@ def generator_loss(fake: Tensor) -> Tensor:
     return F.softplus(-fake).mean(1)
 
 
-def critic_loss(critic: nn.Module, real: Tensor, fake: Tensor, condition: tuple[Tensor, Tensor], r1: float) -> Tensor:
-    """Return softplus(-D(real)) + softplus(D(fake)) + r1 / 2 |grad D(real)|^2, (N,); neither image receives a gradient."""
+def real_loss(critic: nn.Module, real: Tensor, condition: tuple[Tensor, Tensor], r1: float) -> Tensor:
+    """Return softplus(-D(real)) + r1 / 2 |grad D(real)|^2, (N,): the critic's loss of real images, which receive no gradient."""
     with torch.enable_grad():
         leaf = real.detach().requires_grad_()
         logits = critic(leaf, *condition)
         gradient = torch.autograd.grad(logits.sum(), leaf, create_graph=True)[0] / logits.shape[1]
-    fakes = critic(fake.detach(), *condition)
-    return F.softplus(-logits).mean(1) + F.softplus(fakes).mean(1) + 0.5 * r1 * item_dot(gradient, gradient)
+    return F.softplus(-logits).mean(1) + 0.5 * r1 * item_dot(gradient, gradient)
+
+
+def fake_loss(critic: nn.Module, fake: Tensor, condition: tuple[Tensor, Tensor]) -> Tensor:
+    """Return softplus(D(fake)), (N,): the critic's loss of fakes, which receive no gradient."""
+    return F.softplus(critic(fake.detach(), *condition)).mean(1)

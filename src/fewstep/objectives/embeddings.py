@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from fewstep.core.batch import like
 from fewstep.core.likelihood import GaussianLikelihood, Likelihood
+from fewstep.core.together import Together
 from fewstep.objectives.perceptual import lpips_features
 
 Embedding = Callable[[Tensor, Likelihood], list[Tensor]]
@@ -50,6 +51,41 @@ class Patches:
         """See `Embedding`; x is (N, C, H, W)."""
         parts = [F.unfold(F.avg_pool2d(x, s) if s > 1 else x, self.size, stride=self.stride) for s in self.scales]
         return [part / part.shape[1] ** 0.5 for part in parts]
+
+
+@dataclass(frozen=True)
+class MeasuredPatches:
+    """Patches of sqrt(A'A) x / sigma: what was observed weighs by its precision, up to a limit, what was not counts nothing.
+
+    With `Patches` beside it the two are the metric of the likelihood. Likelihoods whose singular values are not known give x itself.
+
+    Attributes:
+        patches: where.
+        limit: largest weight.
+    """
+
+    patches: Patches = field(default_factory=Patches)
+    limit: float = 10.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.patches, Mapping):
+            object.__setattr__(self, "patches", Patches(**self.patches))
+        if self.limit <= 0:
+            raise ValueError(f"limit must be positive, got {self.limit}")
+
+    def __call__(self, x: Tensor, likelihood: Likelihood) -> list[Tensor]:
+        """See `Embedding`; x is (N, C, H, W)."""
+        return self.patches(self.seen(x, likelihood.expand(len(x) // likelihood.batch)), likelihood)
+
+    def seen(self, x: Tensor, likelihood: Likelihood) -> Tensor:
+        """Return min(sqrt(A'A) / sigma, limit) x, (N, C, H, W)."""
+        if isinstance(likelihood, Together):
+            pieces = zip(likelihood.parts, x.split(likelihood.sizes), strict=True)
+            return torch.cat([self.seen(piece, part) for part, piece in pieces])
+        if not isinstance(likelihood, GaussianLikelihood) or likelihood.spectrum is None:
+            return x
+        sigma = like(likelihood.sigma, x)
+        return likelihood.spectral(lambda s: (s / sigma).clamp_max(self.limit), x)
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from fewstep.core.denoiser import Denoiser
 from fewstep.data import CropShape, RandomCrops, list_images, load_image
 from fewstep.measurements import Family, SimulatedMeasurements
 from fewstep.metrics import LPIPS_VARIABLE, Missing, lpips_net
 from fewstep.objectives.adversarial import Critic, CriticConfig
-from fewstep.objectives.embeddings import Patches
+from fewstep.objectives.denoising import DenoisingScoreMatching
+from fewstep.objectives.embeddings import Embedding, Features, MeasuredPatches, Patches
+from fewstep.objectives.matching import DistributionMatching, fake_score
 from fewstep.objectives.ud2m import UD2M, Contest, Weights
 from fewstep.priors.loaders import load_prior
 from fewstep.priors.unet import UNetDenoiser
@@ -48,10 +52,14 @@ class UD2MRecipe:
             "lora-context" train additions of low rank.
         network: fields of `UnfoldedConfig`, "levels" holding those of `LevelConfig`.
         weights: fields of `objectives.ud2m.Weights`.
-        objective: draws, times, share and t_min of `objectives.ud2m.UD2M`.
-        patches: fields of `objectives.embeddings.Patches`.
+        objective: draws, times, share, t_min and fake_turns of `objectives.ud2m.UD2M`.
+        patches: fields of `objectives.embeddings.Patches`, where the energy score is computed.
+        features: trunk whose LPIPS features are a further space of the energy score, "vgg" or "alex".
+        measured: fields of `objectives.embeddings.MeasuredPatches`, a further space in the metric of the likelihood.
         lpips: trunk of the perceptual term, "vgg" or "alex"; its weights are found as `metrics.lpips_net` says.
         critic: fields of `CriticConfig`.
+        matching: noise levels of distribution matching, fields of `DenoisingScoreMatching`.
+        fake: fields of `LoRAConfig` for its fake score, a copy of the prior.
         crops: batch shapes, in turn: [[count, size], ...].
         families: the operators, fields of `measurements.Family` each.
         training: fields of `TrainingOptions`.
@@ -75,6 +83,10 @@ class UD2MRecipe:
     patches: Mapping[str, Any] = field(default_factory=dict)
     lpips: str = "vgg"
     critic: Mapping[str, Any] = field(default_factory=dict)
+    features: str | None = None
+    measured: Mapping[str, Any] | None = None
+    matching: Mapping[str, Any] | None = None
+    fake: Mapping[str, Any] | None = None
     lora: Mapping[str, Any] | None = None
     checkpointing: bool = False
     licence: str = "unknown"
@@ -85,6 +97,8 @@ class UD2MRecipe:
             raise ValueError(f"unknown decoder {self.decoder!r}; choose one of {', '.join(DECODERS)}")
         if self.lora is not None and "lora" not in self.decoder:
             raise ValueError(f"decoder {self.decoder!r} takes no lora; choose lora or lora-context")
+        if self.init and "lora" in self.decoder:
+            raise ValueError("init starts from a whole network, which a decoder trained through lora is not")
 
     def trainer(self, data: str | Path, out: str | Path, steps: int | None = None) -> Trainer:
         """Return the trainer on the images in `data`, writing to `out`.
@@ -112,7 +126,7 @@ class UD2MRecipe:
             "licence": self.licence,
         }
         return Trainer(
-            model=Contest(network, self._critic(objective, options.seed)),
+            model=Contest(network, self._critic(objective, options.seed), self._fake(objective, prior, options.seed)),
             objective=objective,
             data=SimulatedMeasurements(crops, families, str(device)),
             out=Path(out),
@@ -140,16 +154,19 @@ class UD2MRecipe:
     def losses(self, prior: Any, device: torch.device | str = "cpu") -> UD2M:
         """Return the objective; ValueError where the weights of LPIPS are asked for and missing."""
         weights = build(Weights, self.weights, "weights")
-        try:
-            lpips = copy.deepcopy(lpips_net(self.lpips)).to(device) if weights.perceptual else None
-        except Missing as reason:
-            raise ValueError(
-                f"the perceptual term needs the LPIPS weights of {self.lpips}: set {LPIPS_VARIABLE} to their file or folder, or the "
-                f"recipe's weights.perceptual to 0 ({reason})"
-            ) from None
-        patches = (build(Patches, self.patches, "patches"),) if weights.energy else ()
-        fixed = {"prior": prior, "weights": weights, "embeddings": patches, "lpips": lpips}
+        lpips = _lpips(self.lpips, "the perceptual term", device) if weights.perceptual else None
+        matching = DistributionMatching(build(DenoisingScoreMatching, self.matching or {}, "matching"))
+        embeddings = self._embeddings(device) if weights.energy else ()
+        fixed = {"prior": prior, "weights": weights, "embeddings": embeddings, "lpips": lpips, "matching": matching}
         return build(UD2M, {**self.objective, **fixed}, "objective")
+
+    def _embeddings(self, device: torch.device | str) -> tuple[Embedding, ...]:
+        found: list[Embedding] = [build(Patches, self.patches, "patches")]
+        if self.measured is not None:
+            found.append(build(MeasuredPatches, self.measured, "measured"))
+        if self.features is not None:
+            found.append(Features(_lpips(self.features, "the energy score of features", device)))
+        return tuple(found)
 
     def _critic(self, objective: UD2M, seed: int) -> Critic | None:
         if not objective.weights.adversarial:
@@ -157,6 +174,24 @@ class UD2MRecipe:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed + 1)
             return Critic(build(CriticConfig, self.critic, "critic"))
+
+    def _fake(self, objective: UD2M, prior: UNetDenoiser, seed: int) -> Denoiser | None:
+        if not objective.weights.matching:
+            return None
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed + 2)
+            return fake_score(prior, build(LoRAConfig, self.fake or {}, "fake"))
+
+
+def _lpips(net: str, what: str, device: torch.device | str) -> nn.Module:
+    """Return the LPIPS network; ValueError where its weights are missing."""
+    try:
+        return copy.deepcopy(lpips_net(net)).to(device)
+    except Missing as reason:
+        raise ValueError(
+            f"{what} needs the LPIPS weights of {net}: set {LPIPS_VARIABLE} to their file or folder, or leave it out of the recipe "
+            f"({reason})"
+        ) from None
 
 
 def _numbers(recipe: UD2MRecipe) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from fewstep.core.problem import Posterior
 from fewstep.core.together import noise_level
 from fewstep.unfolded.decoders import Decoder, Inputs
 from fewstep.unfolded.levels import Level, LevelConfig, Levels
-from fewstep.unfolded.starts import STARTS, Given
+from fewstep.unfolded.starts import STARTS, Given, Start
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,19 @@ class UnfoldedNetwork(nn.Module):
         self.checkpointing = False  # recompute iterations in the backward pass: memory does not grow with K
 
     @property
-    def iterations(self) -> int:
-        """K, the network calls of one run."""
-        return self.config.levels.iterations
+    def start(self) -> Start:
+        """The initialiser."""
+        return STARTS[self.config.start]
+
+    @property
+    def remembers(self) -> bool:
+        """Whether the start wants the previous outer estimate."""
+        return self.start.remembers
+
+    @property
+    def calls(self) -> int:
+        """The network calls of one run: K, and those of the start."""
+        return self.config.levels.iterations + self.start.calls
 
     def forward(
         self, problem: Posterior, x_t: Tensor, t: Tensor, noise: Noise, previous: Tensor | None = None
@@ -92,7 +102,8 @@ class UnfoldedNetwork(nn.Module):
         """Do what `forward` says; a prox is a linear solve, so half precision, if asked for, is for the decoder alone."""
         alpha, sigma = (c.to(x_t).expand(len(x_t)) for c in problem.schedule(t))
         likelihood, level_y = problem.likelihood, noise_level(problem.likelihood).to(x_t)
-        x = STARTS[self.config.start](Given(likelihood, x_t, alpha, sigma, previous))
+        x = self.start.begin(Given(likelihood, x_t, alpha, sigma, previous))
+        problem.counts.network += self.start.calls
         back = likelihood.prox(torch.zeros_like(x_t), torch.ones_like(alpha))
         facts = Facts(problem, x_t, alpha, sigma, back, half)
         for level in self.levels(sigma / alpha, level_y):

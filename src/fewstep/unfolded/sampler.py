@@ -50,8 +50,8 @@ class UnfoldedSampler(GuidedSampler):
 
     @property
     def nfe(self) -> int:
-        """See `Sampler`; K calls per outer step."""
-        return self.steps * self.unfolded().iterations
+        """See `Sampler`; K calls per outer step, and those of the start."""
+        return self.steps * self.unfolded().calls
 
     def predict_x0(self, problem: Posterior, x_t: Tensor, t: Tensor, noise: Noise) -> Tensor:
         """See `GuidedSampler`."""

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fewstep.core.batch import like
 from fewstep.core.likelihood import JointLikelihood, Likelihood
-from fewstep.core.together import noise_level
+from fewstep.core.together import Together, noise_level
+from fewstep.unfolded.ram import reconstruct
 
 
 class Given(NamedTuple):
@@ -23,7 +24,18 @@ class Given(NamedTuple):
     previous: Tensor | None
 
 
-Start = Callable[[Given], Tensor]
+class Start(NamedTuple):
+    """An initialiser.
+
+    Attributes:
+        begin: what it does, (N, *event).
+        calls: network calls that it costs.
+        remembers: whether it wants the previous outer estimate.
+    """
+
+    begin: Callable[[Given], Tensor]
+    calls: int = 0
+    remembers: bool = False
 
 
 def gaussian(given: Given) -> Tensor:
@@ -52,4 +64,19 @@ def previous(given: Given) -> Tensor:
     return gaussian(given) if given.previous is None else given.previous
 
 
-STARTS: dict[str, Start] = {"gaussian": gaussian, "pinv": pinv, "blend": blend, "previous": previous}
+def ram(given: Given) -> Tensor:
+    """Return the reconstruction of (y, x_t) by deepinv's RAM, see `unfolded.ram`; measurements of different kinds one by one."""
+    likelihood, rest = given.likelihood, (given.x_t, given.alpha, given.sigma)
+    if not isinstance(likelihood, Together):
+        return reconstruct(likelihood, *rest)  # type: ignore[arg-type]  # others are refused there
+    pieces = zip(likelihood.parts, *(value.split(likelihood.sizes) for value in rest), strict=True)
+    return torch.cat([reconstruct(part, *values) for part, *values in pieces])
+
+
+STARTS: dict[str, Start] = {
+    "gaussian": Start(gaussian),
+    "pinv": Start(pinv),
+    "blend": Start(blend),
+    "previous": Start(previous, remembers=True),
+    "ram": Start(ram, calls=1),
+}
