@@ -216,7 +216,7 @@ def test_speed_benchmark(folder, prior, tmp_path):
     assert all(r["ratio min"] <= r["ratio"] <= r["ratio max"] for r in loops) and [r["nfe"] for r in loops] == [3, 3]
     assert {r["method"] for r in versus} == {"dps", "ddrm", "diffpir"} and not any("remark" in r for r in versus)
     assert all(r["calls"] == r["deepinv calls"] == 3 for r in versus)
-    assert all(r["ratio"] > 0 and r["PSNR"] > 0 and r[speed.EQUAL] > 0 for r in versus)
+    assert all(r["ratio"] > 0 and r["PSNR"] > 0 and r[speed.EQUAL] > 0 and r[speed.ERROR] > 0 for r in versus)
 
 
 def test_importing_costs_little(tmp_path):

@@ -12,6 +12,7 @@ from scipy.fft import idctn
 from scipy.ndimage import gaussian_filter
 from scipy.optimize import LinearConstraint, minimize
 
+from fewstep.core.together import noise_level
 from fewstep.operators import words
 from fewstep.operators.dct import JpegTransform, dct_matrix
 from fewstep.operators.image import from_unit, to_unit
@@ -197,7 +198,7 @@ def test_the_gaussian_likelihood(sampling, size):
         likelihood, alone=lambda b: gaussian_jpeg(files[b], 0.2, dtype=F64), alone_tol=1e-9, tol=1e-7, num_samples=300
     )
     x = from_unit(photo(*size))
-    misfit = likelihood.y[:1] - likelihood.physics.A(x)
+    misfit = (likelihood.y[:1] - likelihood.physics.A(x)) / likelihood.sigma[0]
     assert 0.05 < float(misfit.square().mean()) < (12**-0.5 / 0.2) ** 2  # below a uniform error: many round to 0
 
 
@@ -205,7 +206,8 @@ def test_a_uniform_error_has_the_spread_that_is_the_default():
     x = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0), dtype=F64) * 0.4 + 0.3
     likelihood = gaussian_jpeg(encode(x, 95, "4:4:4"), dtype=F64)  # steps well below the spread of white noise
     pixels = from_unit((x * 255).round() / 255)
-    assert float((likelihood.y - likelihood.physics.A(pixels)).square().mean()) == pytest.approx(1, abs=0.1)
+    misfit = (likelihood.y - likelihood.physics.A(pixels)) / likelihood.sigma
+    assert float(misfit.square().mean()) == pytest.approx(1, abs=0.1)
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
@@ -277,7 +279,7 @@ def test_the_differentiable_operator(sampling):
 
 def test_the_word(tmp_path):
     x = photo(24, 32)
-    operator = words.Jpeg(quality=30)
+    operator = words.Jpeg(quality=30, step_std=0.0)
     y = operator.simulate(x)
     (tmp_path / "photo.jpg").write_bytes(encoded(x, 30)[0])
     read = operator.read(tmp_path / "photo.jpg")
@@ -288,9 +290,16 @@ def test_the_word(tmp_path):
     likelihood = operator.likelihood(y)
     out = to_unit(likelihood.prox(likelihood.start(), 1.0))
     assert float((out - x).abs().mean()) <= float((y.decoded - x).abs().mean()) + 0.01
-    gaussian = words.Jpeg(step_std=0.2).likelihood(y)
+    gaussian = words.Jpeg().likelihood(y)
     assert "gaussian" in gaussian.provides
     assert torch.equal(gaussian.prox(x.float(), 1.0), gaussian_jpeg(y, 0.2).prox(x.float(), 1.0))
+
+
+def test_the_noise_level_of_the_gaussian_error_is_on_the_scale_of_the_image():
+    x = photo(64, 64)
+    coarse, fine = (noise_level(gaussian_jpeg(encode(x, q, "4:4:4"), 0.2)) for q in (10, 90))
+    error = float((from_unit(encode(x, 10, "4:4:4").decoded) - from_unit(x)).square().mean().sqrt())
+    assert 0.3 * error < float(coarse) < 3 * error and float(fine) < 0.3 * float(coarse)
 
 
 @pytest.mark.parametrize(

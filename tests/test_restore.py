@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 
 import fewstep.restore as module
 from fewstep.core.samples import Samples
+from fewstep.operators import words
 from fewstep.operators.grey import luma
 from fewstep.restore import Settings, restore, restore_folder
-from fewstep.task import build_sampler, command_line
+from fewstep.task import build_sampler, command_line, settled
 from pictures import PixelPrior, pixels, write_png
 
 FEW = {"steps": "4"}
@@ -59,7 +60,14 @@ def test_outputs(tmp_path):
 
 
 def test_the_default_is_the_trained_sampler_of_the_prior(tmp_path):
-    assert Settings().method == "ud2m" and Settings(prior=str(tmp_path)).method == "latino"
+    blur, jpeg = words.DeblurGaussian(), words.Jpeg()
+    assert (
+        settled(Settings(), blur).method == "ud2m" and settled(Settings(prior=str(tmp_path)), blur).method == "latino"
+    )
+    assert settled(Settings(method="dps"), jpeg) == Settings(method="dps")
+    chosen = settled(Settings(), jpeg)
+    assert (chosen.method, chosen.preset) == ("diffpir", "jpeg")
+    build_sampler(chosen)
     result = run(write_png(tmp_path), tmp_path, method="", method_fields={"steps": 1})
     assert result.record["method"]["name"] == "ud2m" and result.record["nfe"] == 3
     assert result.record["method"]["network"] == "natural-general"
@@ -107,6 +115,12 @@ def test_a_jpeg_is_recognised_by_itself(tmp_path):
     Image.fromarray(pixels()).save(tmp_path / "p.jpg", quality=30)
     record = run(tmp_path / "p.jpg", tmp_path, operator=None, sigma=None).record
     assert record["operator"]["name"] == "jpeg" and record["sigma"] is None
+
+
+def test_without_a_method_a_jpeg_gets_the_one_that_suits_it(tmp_path):
+    Image.fromarray(pixels()).save(tmp_path / "p.jpg", quality=30)
+    record = run(tmp_path / "p.jpg", tmp_path, operator=None, sigma=None, method="", method_fields={}).record
+    assert record["method"]["name"] == "diffpir" and record["method"]["zeta"] == 1.0
 
 
 def test_without_operator_the_choices_are_named(tmp_path):
@@ -180,7 +194,10 @@ def test_one_sample_has_no_uncertainty(tmp_path):
         ({"operator": "sr", "operator_fields": {"factor": "two"}}, "factor must be int"),
         ({"operator": "deblur-uniform", "operator_fields": {"size": "99"}}, "larger than the image"),
         ({"operator": "inpaint", "operator_fields": {"mask": "MASK"}}, "the mask .* is 4 x 4, the image is 24 x 32"),
-        ({"operator": "jpeg", "sigma": None, "simulate": True, "method": "ddrm"}, "methods that fit: .*diffpir"),
+        (
+            {"operator": "jpeg", "operator_fields": {"step_std": 0}, "sigma": None, "simulate": True, "method": "ddrm"},
+            "methods that fit: .*diffpir",
+        ),
         ({"device": "abacus"}, "cannot be used"),
     ],
 )

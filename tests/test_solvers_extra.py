@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from fewstep.bench import common, rejection, solvers, srds
+from fewstep.bench import rejection, srds
 from fewstep.core.denoiser import Denoiser
 from fewstep.core.driven import Driven
 from fewstep.core.grid import times_of
@@ -405,52 +405,6 @@ def test_sampling_defect_is_blind_to_gauges_and_sees_the_rest(mixture):
         found = sampling_defect(Gauged(prior, change), x0, t, Noise(range(count), F64))
         assert found.value.shape == found.error.shape == (32,)
         assert (float(found.standard_errors.abs().max()) < 4.5) == right
-
-
-# --- benchmarks ---------------------------------------------------------------------------------------------------------------
-
-
-def test_solver_variants_keep_their_budget():
-    for variant in common.variants(None, [10], kind="solvers"):
-        assert 0 < variant.sampler.nfe <= 10
-    with pytest.raises(ValueError, match="unknown method"):
-        list(common.variants(["ddim"]))
-
-
-def test_solvers_benchmark(tmp_path):
-    report = solvers.main(
-        tmp_path / "s.json",
-        solvers=["ddim", "deis", "srds"],
-        budgets=(4, 10),
-        dims=(2,),
-        num_samples=200,
-        rejected=(6,),
-    )
-    titles = list(report.tables)
-    assert len(titles) == 6 and (tmp_path / "s.json").exists()
-    errors = {(r["method"], r["preset"]): r for r in report.tables[titles[0]]}
-    assert (
-        errors["deis", "paper"]["10 calls"] < errors["ddim", "paper"]["10 calls"] < errors["ddim", "paper"]["4 calls"]
-    )
-    assert errors["ddim", "ancestral"]["10 calls"] is None and "4 calls" not in errors["srds", "paper"]
-    guided = {(r["method"], r["steps"]): r for r in report.tables[titles[2]]}
-    deis, plain = guided["mmps under deis", 10], guided["mmps", 50]
-    assert min(plain["variance ratio min"], 1) < deis["variance ratio min"] and deis["nfe"] == 10
-    rules = {(r["rule"], r["step"]): r for r in report.tables[titles[-1]]}
-    fresh = rules["fresh", "exact step"]
-    assert abs(fresh["left"] - rejection.DATA) < 4 * fresh["left ±"]
-    assert rules["backstep, quantile 0.5", "exact step"]["left"] > 0.4
-
-
-def test_srds_benchmark(tmp_path):
-    report = srds.main(tmp_path / "d.json", steps=(16,), tolerances=(0.0, 1.0), devices=(1, 4), repeats=1)
-    exact, loose = report.tables["SRDS"]
-    assert exact["iterations"] == exact["blocks"] == 4 and exact["distance"] < 1e-12
-    assert exact["depth"] == SRDS(4, 4).depth(4) and exact["calls"] == SRDS(4, 4).nfe
-    assert loose["iterations"] == 1 and loose["depth"] == SRDS(4, 4).depth(1) and loose["distance"] > 1e-6
-    assert all(row["speed-up"] > 0 and row["model, 4"] > 0 for row in (exact, loose))
-    with_network = srds.problem_of(GaussianPrior(torch.zeros(3, 4, 4), torch.tensor(0.5)), 64)
-    assert with_network.likelihood.event_shape == (3, 4, 4)
 
 
 # --- adaptive steps ---------------------------------------------------------------------------------------------------------------

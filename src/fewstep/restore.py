@@ -36,7 +36,7 @@ from fewstep.outputs import (
 from fewstep.priors.windowed import Windowed
 from fewstep.report import Map, Picture, Report, render
 from fewstep.store import SampleStore, Summary
-from fewstep.task import DEFAULT_PRIOR, Settings, Task, build_sampler, command_line, prepare
+from fewstep.task import DEFAULT_PRIOR, Settings, Task, build_sampler, command_line, prepare, settled, word_of
 
 __all__ = ["DEFAULT_PRIOR", "Result", "Settings", "restore", "restore_folder"]
 
@@ -92,7 +92,9 @@ def restore(
         OSError: the folder cannot be written.
     """
     chosen = chosen or Settings()
-    sampler, photo = build_sampler(chosen), read_photo(path)
+    photo = read_photo(path)
+    chosen = settled(chosen, word_of(photo, chosen))
+    sampler = build_sampler(chosen)
     device = pick_device(chosen.device)
     task = prepare(photo, chosen, device)
     denoiser = _windowed(prior or open_prior(chosen.prior), chosen.window).to(device)
@@ -125,7 +127,8 @@ def restore_folder(
         progress: called after every step.
         share: (rank, processes): every process takes each `processes`-th image, starting with its rank.
     """
-    build_sampler(chosen)  # an unknown method or field fails once, not for every image
+    if chosen.method:
+        build_sampler(chosen)  # an unknown method or field fails once, not for every image
     prior = open_prior(chosen.prior)
     results: list[Result] = []
     failures: dict[str, str] = {}

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.core.driven import Driven
 from fewstep.core.files import read_header
 from fewstep.core.likelihood import Likelihood
 from fewstep.core.registry import get
@@ -20,6 +21,7 @@ from fewstep.images import Photo
 from fewstep.operators.estimate import estimate_sigma
 from fewstep.operators.words import Operator, get_operator, operators
 from fewstep.options import typed_fields
+from fewstep.tuning.schedule_file import solver_of
 from fewstep.unfolded.sampler import UnfoldedSampler
 from fewstep.unfolded.store import available_networks, find_network
 
@@ -38,11 +40,13 @@ class Settings:
         operator: word of the operator, see `fewstep operators`; None for a JPEG file means its own compression.
         operator_fields: fields of the operator, as values or as text.
         sigma: noise standard deviation in [0, 1] units; None lets the operator estimate it where it can.
-        method: name of the sampler; "" takes the trained one where one ships for the prior, LATINO elsewhere.
+        method: name of the sampler; "" takes the one that suits the operator, see `settled`.
         preset: named settings of the method; None takes its "photo" where it has one, else its "paper".
         method_fields: fields of the method, as values or as text; they go before the preset.
         samples: how many, K.
         seed: sample k depends on the measurement, the seed and k alone.
+        solver: name of a solver that steps with the method's prediction, instead of the method itself; `steps` is then its.
+        schedule: file of a tuned schedule, for that solver; its own where none is named.
         prior: name or folder of the prior.
         simulate: the photograph is clean: degrade it first, and score the result.
         level: probability of the intervals.
@@ -59,6 +63,8 @@ class Settings:
     method_fields: Mapping[str, Any] = field(default_factory=dict)
     samples: int = 16
     seed: int = 0
+    solver: str | None = None
+    schedule: Path | None = None
     prior: str = DEFAULT_PRIOR
     simulate: bool = False
     level: float = 0.9
@@ -67,7 +73,6 @@ class Settings:
     device: str | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "method", self.method or default_method(self.prior))
         if self.sigma is not None and not (math.isfinite(self.sigma) and self.sigma >= 0):
             raise ValueError(f"sigma must be finite and not negative, got {self.sigma}")
         if self.sigma is not None and self.sigma > 1:
@@ -118,15 +123,30 @@ class Task:
 def build_sampler(chosen: Settings) -> Sampler:
     """Return the sampler that the settings name; ValueError with a suggestion where a word is unknown."""
     cls = get(chosen.method)
-    values = typed_fields(cls, chosen.method_fields, f"method {chosen.method}")
+    driven = chosen.solver is not None or chosen.schedule is not None
+    own = {name: value for name, value in chosen.method_fields.items() if not (driven and name == "steps")}
+    values = typed_fields(cls, own, f"method {chosen.method}")
     sampler = cls.preset(chosen.preset or (PHOTO if PHOTO in cls.presets else PAPER), **values)
     if isinstance(sampler, UnfoldedSampler) and sampler.folder is not None:
         _check_prior(sampler.folder, chosen.prior)
-    return sampler
+    if not driven:
+        return sampler
+    steps = {name: value for name, value in chosen.method_fields.items() if name not in own}
+    return Driven(sampler, solver_of(chosen.solver, chosen.schedule, steps))
+
+
+def settled(chosen: Settings, word: Operator) -> Settings:
+    """Return the settings with a method: their own, else the operator's, else the prior's trained sampler, else LATINO."""
+    if chosen.method:
+        return chosen
+    if word.suited is not None:
+        method, preset = word.suited
+        return replace(chosen, method=method, preset=chosen.preset or preset)
+    return replace(chosen, method=default_method(chosen.prior))
 
 
 def default_method(prior: str) -> str:
-    """Return the method that is used where none is named."""
+    """Return the method that is used where neither the user nor the operator names one."""
     trained = (read_header(find_network(name)).get("prior") for name in available_networks())
     return TRAINED if prior in trained else UNTRAINED
 
@@ -153,7 +173,7 @@ def prepare(photo: Photo, chosen: Settings, device: torch.device) -> Task:
     Raises:
         ValueError: no operator for a file that is not a JPEG, or one that does not fit the image.
     """
-    word = _word_of(photo, chosen)
+    word = word_of(photo, chosen)
     photo = _fitted(word, photo) if chosen.simulate else photo
     truth = photo.x if chosen.simulate else None
     y = _simulated(word, photo, chosen) if chosen.simulate else _read(word, photo)
@@ -171,7 +191,7 @@ def prepare(photo: Photo, chosen: Settings, device: torch.device) -> Task:
 def command_line(path: Path, out: Path, chosen: Settings) -> str:
     """Return the line that repeats this run."""
     words = ["fewstep", "restore", str(path), "--out", str(out), "--method", chosen.method]
-    for flag in ("operator", "sigma", "preset", "samples", "seed", "prior", "level", "window"):
+    for flag in ("operator", "sigma", "preset", "solver", "schedule", "samples", "seed", "prior", "level", "window"):
         value = getattr(chosen, flag)
         if value is not None and value != Settings.__dataclass_fields__[flag].default:
             words += [f"--{flag}", str(value)]
@@ -182,7 +202,8 @@ def command_line(path: Path, out: Path, chosen: Settings) -> str:
     return shlex.join([*words, *(["--simulate"] if chosen.simulate else [])])
 
 
-def _word_of(photo: Photo, chosen: Settings) -> Operator:
+def word_of(photo: Photo, chosen: Settings) -> Operator:
+    """Return the operator that the settings name, or that a JPEG file is; ValueError where there is neither."""
     if chosen.operator is not None:
         return build_word(chosen.operator, chosen.operator_fields)
     if photo.jpeg and not chosen.simulate:

@@ -193,5 +193,5 @@ def at_rival_settings(name: str, prior: Denoiser, steps: int) -> tuple[Sampler, 
     """Return our method `name` with deepinv's fields, and the prior at deepinv's noise levels."""
     prepare_torchvision()
     rival = RIVALS[name]
-    sampler = get(rival.method)(steps=steps, **rival.fields)  # type: ignore[call-arg]
+    sampler = get(rival.method)(steps=steps, **rival.fields)
     return sampler, Rescheduled(prior, rival.schedule(steps))

@@ -6,7 +6,6 @@ that, so a run that was interrupted goes on where it stopped; a line counts only
 
 from __future__ import annotations
 
-import hashlib
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -14,12 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.progress import track
 from torch import Tensor
 
 from fewstep.bench.common import FAILURES, Report, Variant, describe, failed, variants
-from fewstep.bench.log import Log
+from fewstep.bench.log import Log, fingerprint
 from fewstep.bench.memory import PeakMemory
 from fewstep.bench.priors import resolve_prior
 from fewstep.bench.sets import COLUMNS, HALVES, PATCH, SetDistances
@@ -135,7 +133,8 @@ def main(  # noqa: PLR0913 - one parameter is one option
             f"the features are of patches of {PATCH} pixels, which do not fit the crops of {', '.join(small)}"
         )
     paths = list_photos(folder)[:limit]
-    log = Log(None if out is None else Path(out).with_suffix(".jsonl"), fingerprint(setup))
+    settings = (setup.crop, setup.samples, setup.level, setup.seed, str(setup.lpips_weights))
+    log = Log(None if out is None else Path(out).with_suffix(".jsonl"), fingerprint(setup.prior, *settings))
     for path, index in track([(p, i) for i, p in enumerate(paths)], "images", transient=True):
         run_image(path, index, chosen, entries, setup, log)
     tables = {task.title(name): Table(task, setup, paths, log, sets).rows(entries) for name, task in chosen.items()}
@@ -319,14 +318,3 @@ def _average(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         out[measure] = int(mean) if mean is not None and measure in COUNTS and mean.is_integer() else mean
     said = [row[key] for key in ("remark", "missing", "verdict") for row in rows if row.get(key)]
     return out | {"remark": "; ".join([*dict.fromkeys(said), *partial]) or None}
-
-
-def fingerprint(setup: Setup) -> str:
-    """Return a hash of the prior's weights and of all settings that a row depends on."""
-    digest = hashlib.sha256(
-        repr((setup.crop, setup.samples, setup.level, setup.seed, str(setup.lpips_weights))).encode()
-    )
-    digest.update(f"{type(setup.prior).__name__} {setup.prior.schedule!r}"[:1000].encode())
-    for name, value in setup.prior.state_dict().items():
-        digest.update(name.encode() + value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]

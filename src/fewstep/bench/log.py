@@ -8,9 +8,20 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from fewstep.core.denoiser import Denoiser
 from fewstep.images import load_image, save_image
+
+
+def fingerprint(prior: Denoiser, *given: Any) -> str:
+    """Return a hash of a prior's weights and of all settings that a row depends on."""
+    digest = hashlib.sha256(repr(given).encode())
+    digest.update(f"{type(prior).__name__} {prior.schedule!r}"[:1000].encode())
+    for name, value in prior.state_dict().items():
+        digest.update(name.encode() + value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 class Log:

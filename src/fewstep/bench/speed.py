@@ -6,10 +6,12 @@ they are of the processor, which other work leaves alone.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +39,12 @@ NOTES = (
     "measurement and number of steps; calls are network calls. PSNR is that of ours at the fields published, 'ours at deepinv's "
     "settings' that with its fields and noise levels; ratio is the time of ours there over deepinv's.",
     "seconds: of the processor, all threads together, on a CPU; of the clock on a GPU.",
-    "PSNR against the photograph where a folder was given; it means nothing with prior='random'.",
+    "PSNR of one sample against the photograph where a folder was given, the mean over repeats + 1 seeds, and the standard error "
+    "of the difference between the last two; it means nothing with prior='random'.",
     *(f"{name}: {rival.difference}" for name, rival in RIVALS.items()),
 )
 SIGMA = 0.025
-EQUAL = "PSNR, ours at deepinv's settings"
+EQUAL, ERROR = "PSNR, ours at deepinv's settings", "error of the difference"
 
 
 @dataclass(frozen=True)
@@ -191,28 +194,55 @@ def bare_calls(prior: Denoiser, scene: Scene, counts: Counts) -> None:
 
 
 def rival_row(name: str, scene: Scene, prior: Denoiser, steps: int, repeats: int) -> dict[str, Any]:
-    """Return seconds, network calls and PSNR of our method, at both settings, and of deepinv's on the same measurement."""
+    """Return seconds, network calls and PSNR of our method, at both settings, and of deepinv's on the same measurement.
+
+    Every run has a seed of its own, and PSNR is the mean over the first, which is not timed, and the `repeats` that are.
+    """
     row: dict[str, Any] = {"method": name, "operator": scene.name, "picture": scene.picture, "steps": steps}
     try:
-        published = get(name)(steps=steps)(scene.problem(prior))  # type: ignore[call-arg]
+        published = Runs(partial(_drawn, get(name)(steps=steps), scene.problem(prior)), scene.truth)
         sampler, rescheduled = at_rival_settings(name, prior, steps)
         problem = scene.problem(rescheduled)
         rival, denoiser = build_rival(name, prior, SIGMA, steps)
-        mine, theirs = sampler(problem), _seeded(rival, scene)
+        mine = Runs(partial(_drawn, sampler, problem), scene.truth)
+        theirs = Runs(partial(_seeded, rival, scene), scene.truth)
+        mine()
+        theirs()
         calls = denoiser.calls
-        ours, other = alternate(lambda: sampler(problem), lambda: _seeded(rival, scene), repeats)
+        ours, other = alternate(mine, theirs, repeats)
+        for _ in range(repeats + 1):
+            published()
     except FAILURES as error:
         return row | {"remark": failed(error)}
     return row | {
-        "calls": mine.counts.network,
+        "calls": sampler.nfe,
         "deepinv calls": calls,
         "seconds": statistics.median(ours),
         "deepinv seconds": statistics.median(other),
         "ratio": statistics.median([a / b for a, b in zip(ours, other, strict=True)]),
-        "PSNR": psnr(to_unit(published.x[:, 0]).clamp(0, 1), scene.truth),
-        EQUAL: psnr(to_unit(mine.x[:, 0]).clamp(0, 1), scene.truth),
-        "deepinv PSNR": psnr(theirs.float().clamp(0, 1), scene.truth),
+        "PSNR": statistics.mean(published.psnrs),
+        EQUAL: statistics.mean(mine.psnrs),
+        "deepinv PSNR": statistics.mean(theirs.psnrs),
+        ERROR: math.hypot(*(statistics.stdev(runs.psnrs) / len(runs.psnrs) ** 0.5 for runs in (mine, theirs))),
     }
+
+
+@dataclass
+class Runs:
+    """Runs of one sampler, each with the next seed, and the PSNR of each."""
+
+    run: Callable[[int], Tensor]
+    truth: Tensor
+    psnrs: list[float] = field(default_factory=list)
+
+    def __call__(self) -> None:
+        """Run once more."""
+        self.psnrs.append(psnr(self.run(len(self.psnrs)).float().clamp(0, 1), self.truth))
+
+
+def _drawn(sampler: Sampler, problem: Posterior, seed: int) -> Tensor:
+    """Return one sample of ours, (1, 3, H, W) in [0, 1]."""
+    return to_unit(sampler(problem, seed=seed).x[:, 0])
 
 
 def alternate(
@@ -232,10 +262,10 @@ def alternate(
     return times
 
 
-def _seeded(rival: Callable[[Tensor, Any], Tensor], scene: Scene) -> Tensor:
-    """Run deepinv's sampler on the same seed each time without touching the caller's generator."""
+def _seeded(rival: Callable[[Tensor, Any], Tensor], scene: Scene, seed: int) -> Tensor:
+    """Return one sample of deepinv's, (1, 3, H, W) in [0, 1], without touching the caller's generator."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
+        torch.manual_seed(seed)
         return rival(scene.y.clone(), scene.physics).detach()
 
 

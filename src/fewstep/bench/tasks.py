@@ -88,10 +88,12 @@ TASKS: dict[str, Task] = {
     "sr4-noisy": Task(SuperResolution(factor=4), 0.025),
     "inpaint-random": Task(InpaintRandom(rate=0.7), 0.025),
     "inpaint-box": Task(InpaintBox(size=64), 0.025),
-    "jpeg10": Task(Jpeg(quality=10), None),
+    "jpeg10": Task(Jpeg(quality=10, step_std=0.0), None),
     "jpeg10-gaussian": Task(Jpeg(quality=10, step_std=0.2), None),
 }
 OTHERS: dict[str, Task] = {
+    "jpeg75-gaussian": Task(Jpeg(quality=75, step_std=0.2), None),
+    "jpeg92-gaussian": Task(Jpeg(quality=92, step_std=0.2), None),
     "deblur-gaussian-heavy": Task(DeblurGaussian(), 0.2),
     "sr3": Task(SuperResolution(factor=3), 0.01),
     "inpaint-random-90": Task(InpaintRandom(rate=0.9), 0.025),

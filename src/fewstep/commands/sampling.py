@@ -20,7 +20,6 @@ from fewstep.core.denoiser import Denoiser
 from fewstep.core.likelihood import FlatLikelihood
 from fewstep.core.multistep import Solver
 from fewstep.core.problem import Posterior
-from fewstep.core.registry import get
 from fewstep.images import save_image
 from fewstep.options import suggestion, typed_fields
 from fewstep.outputs import versions, write_json
@@ -29,11 +28,10 @@ from fewstep.restore import pick_device
 from fewstep.tuning.align import AlignYourSteps
 from fewstep.tuning.base import Report, Task, Tuner, Tuning
 from fewstep.tuning.ggdm import GGDM
-from fewstep.tuning.schedule_file import TunedSchedule
+from fewstep.tuning.schedule_file import SOLVER, TunedSchedule, solver_of
 from fewstep.tuning.search import SolverSearch
 
 SIZE = 64  # side of an image of a prior that takes any, pixels
-SOLVER = "dpmpp"
 TUNERS: dict[str, type[Tuner]] = {"ays": AlignYourSteps, "ggdm": GGDM, "s3": SolverSearch}
 
 
@@ -102,13 +100,8 @@ class Drawing:
 
     def sampler(self) -> Solver:
         """Return the solver; ValueError where there is none of that name, or a field that it does not have."""
-        tuned = None if self.schedule is None else TunedSchedule.load(self.schedule)
-        name = self.solver or (SOLVER if tuned is None else tuned.solver)
         given = dict(self.fields) | ({} if self.steps is None else {"steps": self.steps})
-        fields = typed_fields(get(name, "solvers"), given, f"solver {name}")
-        solver = get(name, "solvers")(**fields) if tuned is None else tuned.sampler(name, **fields)
-        assert isinstance(solver, Solver)
-        return solver
+        return solver_of(self.solver, self.schedule, given)
 
 
 def sample(

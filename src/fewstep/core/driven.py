@@ -9,7 +9,8 @@ from fewstep.core.multistep import Solver
 from fewstep.core.noise import Noise
 from fewstep.core.problem import Posterior
 from fewstep.core.reference import Reference
-from fewstep.core.sampler import DiffusionSampler, GuidedSampler, State
+from fewstep.core.registry import available, get
+from fewstep.core.sampler import DiffusionSampler, GuidedSampler, Sampler, State
 
 
 @final
@@ -24,8 +25,8 @@ class Driven(DiffusionSampler):
         solver: what steps.
 
     Raises:
-        ValueError: the prediction is no smooth function of (x_t, t), so that there is nothing for a solver to integrate, or the
-            solver is made for the prior alone.
+        ValueError: the method makes no prediction, or one that is no smooth function of (x_t, t), so that there is nothing for a
+            solver to integrate, or the solver is made for the prior alone.
     """
 
     guided: GuidedSampler
@@ -35,14 +36,11 @@ class Driven(DiffusionSampler):
     limit: ClassVar = "what the guided sampler converges to"
 
     def __post_init__(self) -> None:
-        name = type(self.guided).__name__
-        if self.guided.prediction != "mean":
+        if reason := undriven(type(self.guided)):
+            fits = [name for name in available() if not undriven(get(name))]
+            name = type(self.guided).__name__
             raise ValueError(
-                f"{name} draws x_0 afresh at every step, and a solver would integrate the noise; run it as it is"
-            )
-        if type(self.guided).estimate is not GuidedSampler.estimate:
-            raise ValueError(
-                f"{name} also uses its previous prediction, which a solver does not keep for it; run it as it is"
+                f"{name} {reason}; run it as it is, or take one that a solver can drive: {', '.join(fits)}"
             )
         if self.solver.undriven:
             raise ValueError(f"{type(self.solver).__name__} {self.solver.undriven}; take another solver")
@@ -80,3 +78,14 @@ class Driven(DiffusionSampler):
     def step(self, problem: Posterior, state: State, k: int, noise: Noise) -> State:
         """See `Sampler`."""
         return self.solver.advance(problem, state, k, noise, self.guided.predict_x0)
+
+
+def undriven(method: type[Sampler]) -> str:
+    """Return why no solver can drive a method, empty where one can."""
+    if not issubclass(method, GuidedSampler):
+        return "steps in a way of its own, and makes no prediction of x_0 that a solver could step with"
+    if method.prediction != "mean":
+        return "draws x_0 afresh at every step, and a solver would integrate the noise"
+    if method.estimate is not GuidedSampler.estimate:
+        return "also uses its previous prediction, which a solver does not keep for it"
+    return ""

@@ -231,6 +231,10 @@ class GuidedSampler(DiffusionSampler):
 
 
 def settings(sampler: Sampler) -> dict[str, Any]:
-    """Return the fields of a sampler and their values."""
+    """Return the fields of a sampler and their values; of a sampler within it, its class and its fields."""
     assert is_dataclass(sampler)
-    return {field.name: getattr(sampler, field.name) for field in fields(sampler)}
+    values = {field.name: getattr(sampler, field.name) for field in fields(sampler)}
+    return {
+        name: {"name": type(value).__name__, **settings(value)} if isinstance(value, Sampler) else value
+        for name, value in values.items()
+    }

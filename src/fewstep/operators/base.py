@@ -25,11 +25,13 @@ class Operator(ABC):
         word: its name on the command line.
         summary: one line of help.
         noise: what is to be said of sigma: "required", "estimated" where it is not given, or "none".
+        suited: the method and its preset for those who name none; None leaves the choice to the prior.
     """
 
     word: ClassVar[str]
     summary: ClassVar[str]
     noise: ClassVar[str] = "required"
+    suited: ClassVar[tuple[str, str] | None] = None
 
     @abstractmethod
     def build(self, image_shape: Shape, dtype: torch.dtype = torch.float32) -> Any:

@@ -272,14 +272,14 @@ class Projected(torch.autograd.Function):
 
 
 class JpegOperator(torch.nn.Module):
-    """The coefficients of an image in units of their standard deviation, with the closed form of all functions of A'A."""
+    """The coefficients of an image over their relative standard deviations, with the closed form of all functions of A'A."""
 
     def __init__(self, transform: JpegTransform, std: Tensor) -> None:
         super().__init__()
         self.transform, self.std = transform, std
 
     def A(self, x: Tensor) -> Tensor:
-        """Return all coefficients over their standard deviations, (N, C, H, W) -> (N, D)."""
+        """Return all coefficients over their relative standard deviations, (N, C, H, W) -> (N, D)."""
         return self.transform.forward(x) / self.std
 
     def A_adjoint(self, y: Tensor) -> Tensor:
@@ -318,7 +318,10 @@ def gaussian_jpeg(
         raise ValueError(f"need step_std > 0 and slack >= 0, got {step_std} and {slack}")
     transform = JpegTransform(y.tables, dtype, device)
     std = torch.hypot(step_std * transform.steps, slack / LEVELS * transform.amplification())
-    return GaussianLikelihood(centres(transform, y.indices) / std, JpegOperator(transform, std), 1.0)
+    # measured in units of the root mean square, so that sigma is on the scale of x, where learned samplers look for it
+    sigma = float(std.square().mean().sqrt())
+    operator = JpegOperator(transform, std / sigma)
+    return GaussianLikelihood(centres(transform, y.indices) / operator.std, operator, sigma)
 
 
 def straight_through(v: Tensor) -> Tensor:

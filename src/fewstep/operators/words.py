@@ -292,9 +292,10 @@ class Jpeg(Operator):
     word: ClassVar[str] = "jpeg"
     summary: ClassVar[str] = "JPEG compression; a file's own tables are read from it"
     noise: ClassVar[str] = "none"
+    suited: ClassVar[tuple[str, str] | None] = ("diffpir", "jpeg")
     quality: int = option(10, "quality at which images are encoded; not used for a file, which holds its tables")
     subsampling: str = option("4:2:0", "chroma sub-sampling: 4:4:4, 4:2:2 or 4:2:0; not used for a file")
-    step_std: float = option(0.0, "error in steps if taken for Gaussian (0.2 suits photographs); 0: exact intervals")
+    step_std: float = option(0.2, "standard deviation of the error in steps, taken for Gaussian; 0: exact intervals")
 
     def __post_init__(self) -> None:
         if not 0 <= self.step_std < float("inf"):

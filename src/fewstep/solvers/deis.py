@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fewstep.core.multistep import EPSILON, VARIABLES, MultistepSolver, Point, Stage, interpolated, one_of
-from fewstep.core.reference import Reference
 from fewstep.core.schedule import Schedule
+from fewstep.solvers._references import EXPONENTIAL
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,7 @@ class DEIS(MultistepSolver):
 
     form: ClassVar = EPSILON
     limit: ClassVar = "the prior as steps grow"
-    reference: ClassVar = Reference(
-        "Fast Sampling of Diffusion Models with Exponential Integrator",
-        "Zhang, Qinsheng and Chen, Yongxin",
-        2023,
-        "International Conference on Learning Representations",
-        "2204.13902",
-    )
+    reference: ClassVar = EXPONENTIAL
 
     def __post_init__(self) -> None:
         one_of("variable", self.variable, VARIABLES)

@@ -14,8 +14,8 @@ from typing import ClassVar
 import torch
 
 from fewstep.core.multistep import X0, MultistepSolver, Point, Stage, one_of
-from fewstep.core.reference import Reference
 from fewstep.core.schedule import Schedule
+from fewstep.solvers._references import DPM_SOLVER_PP
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,7 @@ class SDEDPMSolverPP(MultistepSolver):
 
     form: ClassVar = X0
     limit: ClassVar = "the prior as steps grow; path by path at order 1"
-    reference: ClassVar = Reference(
-        "DPM-Solver++: Fast Solver for Guided Sampling of Diffusion Probabilistic Models",
-        "Lu, Cheng and Zhou, Yuhao and Bao, Fan and Chen, Jianfei and Li, Chongxuan and Zhu, Jun",
-        2025,
-        "Machine Intelligence Research",
-        "2211.01095",
-    )
+    reference: ClassVar = DPM_SOLVER_PP
 
     def __post_init__(self) -> None:
         one_of("terms", self.terms, (1, 2))

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fewstep.core.multistep import X0, MultistepSolver, Point, Stage, midpoint, one_of, row
-from fewstep.core.reference import Reference
 from fewstep.core.schedule import Schedule
+from fewstep.solvers._references import DPM_SOLVER_PP
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,7 @@ class SinglestepDPMSolverPP(MultistepSolver):
 
     form: ClassVar = X0
     limit: ClassVar = "the prior as steps grow"
-    reference: ClassVar = Reference(
-        "DPM-Solver++: Fast Solver for Guided Sampling of Diffusion Probabilistic Models",
-        "Lu, Cheng and Zhou, Yuhao and Bao, Fan and Chen, Jianfei and Li, Chongxuan and Zhu, Jun",
-        2025,
-        "Machine Intelligence Research",
-        "2211.01095",
-    )
+    reference: ClassVar = DPM_SOLVER_PP
 
     def __post_init__(self) -> None:
         one_of("order", self.order, SCHEMES)

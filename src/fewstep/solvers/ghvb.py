@@ -7,20 +7,19 @@ The order is kept: at beta = 1 it is Adams-Bashforth, at smaller beta the region
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
-from fewstep.core.multistep import EPSILON, MultistepSolver, Point, Stage, row
-from fewstep.core.reference import Reference
+from fewstep.core.multistep import EPSILON, Point, Stage, row
 from fewstep.core.schedule import Schedule
+from fewstep.solvers._momentum import Momentum
 
 
 @dataclass(frozen=True)
-class GHVB(MultistepSolver):
+class GHVB(Momentum):
     """Generalised heavy-ball momentum.
 
     Args:
@@ -29,34 +28,13 @@ class GHVB(MultistepSolver):
         grid: spacing of the times.
     """
 
-    steps: int = 20
-    level: float = 1.8
-    grid: str | tuple[float, ...] = "uniform"
-
-    form: ClassVar = EPSILON
     recall: ClassVar = 1
     limit: ClassVar = "the prior as steps grow; of the declared order on grids even in sigma/alpha, else of order 1"
-    reference: ClassVar = Reference(
-        "Diffusion Sampling with Momentum for Mitigating Divergence Artifacts",
-        "Wizadwongsa, Suttisak and Chinchuthakun, Worameth and Khungurn, Pramook and Raj, Amit and Suwajanakorn, Supasorn",
-        2024,
-        "International Conference on Learning Representations",
-        "2307.11118",
-    )
-
-    def __post_init__(self) -> None:
-        if not 0 < self.level <= 5:
-            raise ValueError(f"level must lie in (0, 5], got {self.level}")
 
     @property
     def order(self) -> int:
         """See `Solver`."""
-        return math.ceil(self.level)
-
-    @property
-    def beta(self) -> float:
-        """Share of the new prediction in the velocity."""
-        return 1 - (self.order - self.level)
+        return self.terms
 
     def on_prediction(self, prediction: Tensor, past: Sequence[Tensor]) -> Tensor:
         """See `MultistepSolver`; the velocity."""
@@ -65,7 +43,7 @@ class GHVB(MultistepSolver):
     def stages(self, schedule: Schedule, nodes: Sequence[Point], s: Point) -> Sequence[Stage]:
         """See `MultistepSolver`."""
         t = nodes[0]
-        weights = _coefficients(min(self.order, len(nodes)), self.beta)
+        weights = _coefficients(min(self.terms, len(nodes)), self.beta)
         return [row(EPSILON, t, s, [(s.ratio - t.ratio) * w / self.beta for w in weights])]
 
 

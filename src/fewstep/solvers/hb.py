@@ -7,18 +7,17 @@ v_(n-1) is the last change of x / alpha per rho, so the past points carry it and
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fewstep.core.multistep import ADAMS, EPSILON, MultistepSolver, Point, Stage, row
-from fewstep.core.reference import Reference
+from fewstep.core.multistep import ADAMS, EPSILON, Point, Stage, row
 from fewstep.core.schedule import Schedule
+from fewstep.solvers._momentum import Momentum
 
 
 @dataclass(frozen=True)
-class HB(MultistepSolver):
+class HB(Momentum):
     """Heavy-ball momentum on Adams-Bashforth.
 
     Args:
@@ -27,23 +26,7 @@ class HB(MultistepSolver):
         grid: spacing of the times.
     """
 
-    steps: int = 20
-    level: float = 1.8
-    grid: str | tuple[float, ...] = "uniform"
-
-    form: ClassVar = EPSILON
     limit: ClassVar = "the prior as steps grow"
-    reference: ClassVar = Reference(
-        "Diffusion Sampling with Momentum for Mitigating Divergence Artifacts",
-        "Wizadwongsa, Suttisak and Chinchuthakun, Worameth and Khungurn, Pramook and Raj, Amit and Suwajanakorn, Supasorn",
-        2024,
-        "International Conference on Learning Representations",
-        "2307.11118",
-    )
-
-    def __post_init__(self) -> None:
-        if not 0 < self.level <= 5:
-            raise ValueError(f"level must lie in (0, 5], got {self.level}")
 
     @property
     def order(self) -> int:
@@ -52,10 +35,9 @@ class HB(MultistepSolver):
 
     def stages(self, schedule: Schedule, nodes: Sequence[Point], s: Point) -> Sequence[Stage]:
         """See `MultistepSolver`."""
-        t, count = nodes[0], math.ceil(self.level)
-        beta = 1 - (count - self.level) if len(nodes) > 1 else 1.0
+        t, beta = nodes[0], self.beta if len(nodes) > 1 else 1.0
         change = s.ratio - t.ratio
-        plain = row(EPSILON, t, s, [beta * change * c for c in ADAMS[min(count, len(nodes))]])
+        plain = row(EPSILON, t, s, [beta * change * c for c in ADAMS[min(self.terms, len(nodes))]])
         if beta == 1:
             return [plain]
         last = nodes[1]

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fewstep.core.multistep import ADAMS, EPSILON, MultistepSolver, Point, Stage, one_of, row
-from fewstep.core.reference import Reference
 from fewstep.core.schedule import Schedule
+from fewstep.solvers._references import EXPONENTIAL
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,7 @@ class IPNDM(MultistepSolver):
 
     form: ClassVar = EPSILON
     limit: ClassVar = "the prior as steps grow; of the declared order on grids even in sigma/alpha, else of order 1"
-    reference: ClassVar = Reference(
-        "Fast Sampling of Diffusion Models with Exponential Integrator",
-        "Zhang, Qinsheng and Chen, Yongxin",
-        2023,
-        "International Conference on Learning Representations",
-        "2204.13902",
-    )
+    reference: ClassVar = EXPONENTIAL
 
     def __post_init__(self) -> None:
         one_of("order", self.order, ADAMS)

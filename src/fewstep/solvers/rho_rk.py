@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fewstep.core.multistep import EPSILON, MultistepSolver, Point, Stage, one_of, row
-from fewstep.core.reference import Reference
 from fewstep.core.schedule import Schedule
+from fewstep.solvers._references import EXPONENTIAL
 
 # for each order the rows of Butcher's tableau after the first: (where the row leads to, weights of the slopes so far)
 TABLEAUS: dict[int, list[tuple[float, tuple[float, ...]]]] = {
@@ -38,13 +38,7 @@ class RhoRK(MultistepSolver):
 
     form: ClassVar = EPSILON
     limit: ClassVar = "the prior as steps grow"
-    reference: ClassVar = Reference(
-        "Fast Sampling of Diffusion Models with Exponential Integrator",
-        "Zhang, Qinsheng and Chen, Yongxin",
-        2023,
-        "International Conference on Learning Representations",
-        "2204.13902",
-    )
+    reference: ClassVar = EXPONENTIAL
 
     def __post_init__(self) -> None:
         one_of("order", self.order, TABLEAUS)

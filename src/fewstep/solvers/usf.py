@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fewstep.core.multistep import X0, Coefficient, MultistepSolver, Point, Stage, one_of
-from fewstep.core.reference import Reference
 from fewstep.core.schedule import Schedule
 from fewstep.solvers._decisions import FORMS, RELAXATIONS, TERMS, Decision, Increment, correction, moved_by
+from fewstep.solvers._references import UNIFIED
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,7 @@ class USF(MultistepSolver):
 
     form: ClassVar = X0
     limit: ClassVar = "the prior as steps grow"
-    reference: ClassVar = Reference(
-        "A Unified Sampling Framework for Solver Searching of Diffusion Probabilistic Models",
-        "Liu, Enshu and Ning, Xuefei and Yang, Huazhong and Wang, Yu",
-        2024,
-        "International Conference on Learning Representations",
-        "2312.07243",
-    )
+    reference: ClassVar = UNIFIED
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "decisions", tuple(tuple(decision) for decision in self.decisions))

@@ -63,7 +63,7 @@ class Task:
         Raises:
             ValueError: it is no table of coefficients.
         """
-        solver = get(self.solver, "solvers")(steps=steps or self.steps, grid=times, **settings)  # type: ignore[call-arg]
+        solver = get(self.solver, "solvers")(steps=steps or self.steps, grid=times, **settings)
         if not isinstance(solver, MultistepSolver):
             raise ValueError(f"{self.solver} is no multistep solver, and its times are not tuned here")
         return solver

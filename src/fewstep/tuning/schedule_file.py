@@ -11,8 +11,10 @@ from typing import Any
 from fewstep.core.files import write_bytes
 from fewstep.core.multistep import Solver
 from fewstep.core.registry import get
+from fewstep.options import typed_fields
 
 FORMAT = "fewstep-schedule"
+SOLVER = "dpmpp"  # where none is named
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,25 @@ class TunedSchedule:
         if not isinstance(values, dict) or values.pop("format", None) != FORMAT or set(values) != known:
             raise ValueError(f"{path} is no schedule of this library: {FORMAT} with {', '.join(sorted(known))}")
         return cls(**{name: frozen(value) if name != "figures" else value for name, value in values.items()})
+
+
+def solver_of(name: str | None, schedule: str | Path | None, fields: Mapping[str, Any]) -> Solver:
+    """Return the solver called `name`, on the times of a file of `TunedSchedule` where there is one.
+
+    Args:
+        name: None takes that of the file, with the settings in it, or `SOLVER`.
+        schedule: the file.
+        fields: further fields, as values or as text.
+
+    Raises:
+        ValueError: there is no such solver, it has no such field, or the file cannot be read.
+    """
+    tuned = None if schedule is None else TunedSchedule.load(schedule)
+    name = name or (SOLVER if tuned is None else tuned.solver)
+    given = typed_fields(get(name, "solvers"), fields, f"solver {name}")
+    solver = get(name, "solvers")(**given) if tuned is None else tuned.sampler(name, **given)
+    assert isinstance(solver, Solver)
+    return solver
 
 
 def frozen(value: Any) -> Any:

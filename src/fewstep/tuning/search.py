@@ -19,8 +19,8 @@ from torch import Tensor
 
 from fewstep.core.multistep import one_of
 from fewstep.core.noise import mix
-from fewstep.core.reference import Reference
 from fewstep.solvers._decisions import FORMS, RELAXATIONS, TERMS, Decision
+from fewstep.solvers._references import UNIFIED
 from fewstep.tuning.base import FINE, State, Task, Tuner, reference, times_from
 from fewstep.tuning.losses import LOSSES, named_grids, score
 from fewstep.tuning.predictor import fit
@@ -68,13 +68,7 @@ class SolverSearch(Tuner):
     bank: int = 128
     fine: int = FINE
 
-    reference: ClassVar = Reference(
-        "A Unified Sampling Framework for Solver Searching of Diffusion Probabilistic Models",
-        "Liu, Enshu and Ning, Xuefei and Yang, Huazhong and Wang, Yu",
-        2024,
-        "International Conference on Learning Representations",
-        "2312.07243",
-    )
+    reference: ClassVar = UNIFIED
 
     def __post_init__(self) -> None:
         one_of("loss", self.loss, LOSSES)
