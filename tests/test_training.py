@@ -22,6 +22,7 @@ from fewstep.core.noise import Noise
 from fewstep.core.objective import Objective
 from fewstep.core.schedule import VarianceExploding, VariancePreserving
 from fewstep.data import CropShape, RandomCrops, center_crops, list_images, load_image
+from fewstep.densities.batches import Unlimited, in_blocks
 from fewstep.objectives.denoising import DenoisingScoreMatching
 from fewstep.recipes.validation import DenoisingPSNR, denoising_psnr
 from fewstep.training import Trainer, TrainingOptions
@@ -519,3 +520,61 @@ def test_psnr_of_doing_nothing_is_that_of_the_noise():
     figures = DenoisingPSNR(images=4, size=32, sigmas=(10.0, 25.0)).on(images)(Nothing())
     assert figures["psnr_10"] == pytest.approx(-20 * math.log10(10 / 255), abs=0.15)
     assert figures["psnr_25"] == pytest.approx(-20 * math.log10(25 / 255), abs=0.15)
+
+
+class Pair(Denoiser):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+
+    def forward(self, x_t, t, **cond):
+        return x_t
+
+
+@dataclass(frozen=True)
+class Turns(Objective):
+    """Players by the names of their parameters; each minimises the sum of its own."""
+
+    owned: dict
+
+    def players(self, model):
+        return {name: [getattr(model, key) for key in keys] for name, keys in self.owned.items()}
+
+    def loss(self, player, model, batch, noise):
+        assert batch is None
+        return sum(getattr(model, key).sum() for key in self.owned[player]) + 0 * noise.randn(1).sum(), {}
+
+
+def turns(out, owned, streams=in_blocks):
+    options = TrainingOptions(steps=3, lr=0.1, warmup=0, weight_decay=0, precision="no")
+    return Trainer(Pair(), Turns(owned), Unlimited(6), out, options, cpu=True, streams=streams)
+
+
+def test_players_of_the_same_parameters_share_one_optimiser(tmp_path):
+    run = turns(tmp_path / "same", {"one": ["a", "b"], "two": ["b", "a"]})
+    run.run()
+    assert list(run.optimizers) == ["one"]
+    assert {int(state["step"]) for state in run.optimizers["one"].state.values()} == {
+        6
+    }  # two turns in each of three steps
+    torch.testing.assert_close(
+        run.model.a.detach(), torch.full((2,), 1 - 2 * sum(run.options.rate(k) for k in range(3)))
+    )
+    assert not (last_checkpoint(tmp_path / "same") / "optimizer.two.safetensors").exists()
+    again = turns(tmp_path / "same", {"one": ["a", "b"], "two": ["b", "a"]})
+    again.run()
+    assert again.step == 3
+    assert {int(state["step"]) for state in again.optimizers["one"].state.values()} == {6}
+    apart = turns(tmp_path / "apart", {"one": ["a"], "two": ["b"]})
+    apart.run()
+    assert {int(s["step"]) for o in apart.optimizers.values() for s in o.state.values()} == {3}
+    with pytest.raises(ValueError, match="all or none"):
+        turns(tmp_path / "some", {"one": ["a", "b"], "two": ["b"]})
+
+
+def test_items_without_data_have_streams_of_their_own():
+    device = torch.device("cpu")
+    whole = in_blocks((1, 2, 0), range(4), device).randn(3)
+    assert torch.equal(whole[:2], in_blocks((1, 2, 0), range(2), device).randn(3))
+    for other in (in_blocks((1, 2, 1), range(4), device), in_blocks((1, 2, 0), range(4, 8), device)):
+        assert not bool((whole == other.randn(3)).any())

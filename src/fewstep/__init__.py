@@ -31,15 +31,21 @@ _HOME = {
     "Samples": "core.samples",
     "Schedule": "core.schedule",
     "Tabulated": "core.schedule",
+    "TargetDensity": "core.density",
     "VarianceExploding": "core.schedule",
     "VariancePreserving": "core.schedule",
     "as_deepinv": "deepinv_model",
+    "as_target": "densities.user",
     "available": "core.registry",
+    "distill": "densities.distill",
+    "fit": "densities.fit",
     "get": "core.registry",
     "image_likelihood": "operators.image",
+    "load_density_sampler": "densities.base",
     "load_prior": "priors.loaders",
     "load_sampler": "unfolded.loaders",
     "save_sampler": "unfolded.loaders",
+    "target": "densities.targets",
 }
 __all__ = sorted([*_HOME, "__version__"])
 

@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from fewstep.commands.density import density
 from fewstep.commands.extras import OperatorCommand, operator_options
 
 app = typer.Typer(
@@ -24,6 +25,7 @@ app = typer.Typer(
 )
 bench = typer.Typer(help="Benchmarks: what the methods give on problems whose answer is known.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
+app.add_typer(density, name="density")
 errors = Console(stderr=True, soft_wrap=True)
 console = Console(soft_wrap=True)
 
@@ -45,6 +47,10 @@ def restore(  # noqa: PLR0913, PLR0917 - one parameter is one option
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of the method; short for --set steps=N.")] = None,
     assign: Annotated[list[str] | None, typer.Option("--set", help="field=value of the method; repeatable.")] = None,
+    solver: Annotated[
+        str | None, typer.Option(help="A solver that steps with the method's prediction; --steps is then its.")
+    ] = None,
+    schedule: Annotated[Path | None, typer.Option(help="A file of `fewstep tune`: solver, settings and times.")] = None,
     samples: Annotated[int, typer.Option(help="How many samples.")] = 16,
     seed: Seed = 0,
     prior: Annotated[str, typer.Option(help="Name or folder of the prior.")] = "natural",
@@ -72,6 +78,8 @@ def restore(  # noqa: PLR0913, PLR0917 - one parameter is one option
         method=method or "",
         preset=preset,
         method_fields=fields,
+        solver=solver,
+        schedule=schedule,
         samples=samples,
         seed=seed,
         prior=prior,
@@ -272,8 +280,10 @@ _bench("mixture", "Distance to the exact posterior of mixture problems.")
 _bench("denoise", "PSNR of a prior as a denoiser.")
 _bench("images", "PSNR, SSIM, LPIPS and coverage on photographs.")
 _bench("unfolded", "UD2M before and after training, on mixtures with known posteriors.")
-_bench("solvers", "Solvers at few network calls on mixtures, and under a guided sampler.")
+_bench("solvers", "Solvers at few network calls on mixtures and on a network, and under a guided sampler.")
+_bench("densities", "Samplers of unnormalised densities, one step and more, beside Monte Carlo at equal calls.")
 _bench("srds", "Depth and time of the solver that is parallel in time.")
+_bench("schedulers", "Our solvers beside the schedulers of diffusers: what they give and what they cost.")
 _bench("speed", "Cost of the loop, and deepinv beside it.")
 _bench("startup", "What importing costs, and how soon the command line answers.")
 

@@ -88,21 +88,26 @@ class Report:
 def render(report: Report) -> str:
     """Return the report as one self-contained HTML page."""
     parts = [
-        f"<h1>{escape(report.title)}</h1><p class='lead'>{escape(report.lead)}</p>",
-        *(f"<p class='warn'>{escape(line)}</p>" for line in report.warnings),
-        "<h2>Images</h2>" + _gallery([_picture(p) for p in report.pictures]),
+        "<h2>Images</h2>" + html_gallery([_picture(p) for p in report.pictures]),
         _uncertainty(report),
-        "<h2>Results</h2>" + _table(report.table),
+        "<h2>Results</h2>" + html_table(report.table),
         f"<h2>What these samples are</h2><p>{escape(report.limit)}</p>",
         f"<h2>Reproduce</h2><pre>{escape(report.command)}</pre>",
         f"<h2>Method</h2><p>{escape(str(report.reference))}</p><pre>{escape(report.reference.bibtex())}</pre>",
     ]
+    return page(report.title, report.lead, report.warnings, parts)
+
+
+def page(title: str, lead: str, warnings: Sequence[str], parts: Sequence[str]) -> str:
+    """Return a self-contained HTML page: a heading, a line below it, lines that must not be missed, and `parts` as they are."""
     head = (
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"
-        f"<title>{escape(report.title)}</title><style>{_STYLE}</style></head>"
+        f"<title>{escape(title)}</title><style>{_STYLE}</style></head>"
     )
-    return f"{head}<body>{''.join(parts)}</body></html>\n"
+    top = f"<h1>{escape(title)}</h1><p class='lead'>{escape(lead)}</p>"
+    warned = "".join(f"<p class='warn'>{escape(line)}</p>" for line in warnings)
+    return f"{head}<body>{top}{warned}{''.join(parts)}</body></html>\n"
 
 
 def shrink(x: Tensor, longest: int = SHOWN) -> Tensor:
@@ -136,7 +141,7 @@ def map_figure(item: Map) -> bytes:
     drawn = axes.imshow(values, cmap="viridis", vmin=0, vmax=top, interpolation="nearest")
     axes.set_axis_off()
     figure.colorbar(drawn, ax=axes, label="grey levels (of 255)", shrink=0.9)
-    return _png(figure)
+    return figure_png(figure)
 
 
 def crop_figure(pictures: Sequence[Picture], maps: Sequence[Map]) -> bytes:
@@ -157,23 +162,26 @@ def crop_figure(pictures: Sequence[Picture], maps: Sequence[Map]) -> bytes:
     axes.imshow(maps[0].x[rows, columns].cpu().numpy(), cmap="viridis", vmin=0, interpolation="nearest")
     axes.set_title(_short(maps[0].caption), fontsize=9)
     axes.set_axis_off()
-    return _png(figure)
+    return figure_png(figure)
 
 
 def _uncertainty(report: Report) -> str:
     if not report.maps:
         return "<h2>Uncertainty</h2><p>One sample says nothing about uncertainty; draw at least two.</p>"
-    maps = [_figure(map_figure(m), m.caption, "plot") for m in report.maps]
-    crop = _figure(crop_figure(report.pictures, report.maps), "Where the samples differ most, pixel by pixel", "plot")
-    return f"<h2>Uncertainty</h2>{_gallery(maps)}<h2>Detail</h2>{crop}"
+    maps = [html_figure(map_figure(m), m.caption, "plot") for m in report.maps]
+    crop = html_figure(
+        crop_figure(report.pictures, report.maps), "Where the samples differ most, pixel by pixel", "plot"
+    )
+    return f"<h2>Uncertainty</h2>{html_gallery(maps)}<h2>Detail</h2>{crop}"
 
 
 def _picture(picture: Picture) -> str:
     pixels = (shrink(picture.x)[0].clamp(0, 1) * LEVELS).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
-    return _figure(png_bytes(pixels), picture.caption)
+    return html_figure(png_bytes(pixels), picture.caption)
 
 
-def _figure(png: bytes, caption: str, kind: str = "picture") -> str:
+def html_figure(png: bytes, caption: str, kind: str = "picture") -> str:
+    """Return a PNG with its caption; `kind` is "picture", or "plot" for what needs a white ground."""
     data, text = base64.b64encode(png).decode(), escape(caption)
     return (
         f"<figure class='{kind}'><img alt='{escape(caption, quote=True)}' src='data:image/png;base64,{data}'>"
@@ -181,11 +189,13 @@ def _figure(png: bytes, caption: str, kind: str = "picture") -> str:
     )
 
 
-def _gallery(figures: Sequence[str]) -> str:
+def html_gallery(figures: Sequence[str]) -> str:
+    """Return figures side by side."""
     return f"<div class='pictures'>{''.join(figures)}</div>"
 
 
-def _table(rows: Mapping[str, Any]) -> str:
+def html_table(rows: Mapping[str, Any]) -> str:
+    """Return a table of names and values."""
     cells = "".join(f"<tr><th>{escape(str(k))}</th><td>{escape(_text(v))}</td></tr>" for k, v in rows.items())
     return f"<div class='scroll'><table>{cells}</table></div>"
 
@@ -202,7 +212,8 @@ def _short(caption: str) -> str:
     return caption.split(":")[0].split(",")[0]
 
 
-def _png(figure: Any) -> bytes:
+def figure_png(figure: Any) -> bytes:
+    """Return a matplotlib figure as a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     buffer = io.BytesIO()

@@ -11,8 +11,6 @@ import copy
 import json
 import math
 import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -27,6 +25,7 @@ from fewstep.checkpoints import last_checkpoint, read_checkpoint, write_checkpoi
 from fewstep.core.files import write_bytes
 from fewstep.core.noise import Noise, mix
 from fewstep.core.objective import Objective
+from fewstep.core.signals import stop_signals
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -40,6 +39,14 @@ class Batches(Protocol):
 
     def batch(self, step: int, items: Iterable[int]) -> Any:
         """Return the given items of this step."""
+
+
+Streaming = Callable[[tuple[int, ...], range, torch.device], Noise]
+
+
+def one_each(words: tuple[int, ...], items: range, device: torch.device) -> Noise:
+    """Return a stream for every item from `words` and the item alone."""
+    return Noise([mix(*words, item) for item in items], device=device)
 
 
 @dataclass(frozen=True)
@@ -124,6 +131,7 @@ class Trainer:
         export: called with the averaged model after every checkpoint and at the end, on the main process.
         describe: facts that a checkpoint must share with the run that resumes from it.
         cpu: stay on the CPU even where an accelerator is present.
+        streams: how the items of a step get their randomness, `one_each` unless said otherwise.
     """
 
     model: nn.Module
@@ -135,6 +143,7 @@ class Trainer:
     export: Callable[[nn.Module], None] | None = None
     describe: dict[str, Any] = field(default_factory=dict)
     cpu: bool = False
+    streams: Streaming = one_each
 
     def __post_init__(self) -> None:
         self.accelerator = process(self.cpu)
@@ -142,7 +151,8 @@ class Trainer:
         self.model.to(self.accelerator.device).train()
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.players = {name: list(ps) for name, ps in self.objective.players(self.model).items()}
-        self.optimizers = {name: self._optimizer(ps) for name, ps in self.players.items()}
+        self.optimizers: dict[str, torch.optim.Optimizer] = {}
+        self._owners = {name: self._owner(name) for name in self.players}
         self.step = 0
         self._writer: Any = None
         self._share_weights()
@@ -164,7 +174,7 @@ class Trainer:
         """
         self._start(resume)
         window: list[dict[str, float]] = []
-        with _stop_signals() as stopped, self._progress() as advance:
+        with stop_signals() as stopped, self._progress() as advance:
             while not self.finished and not self._anyone(stopped()):
                 started = time.perf_counter()
                 figures = self._train_step()
@@ -194,7 +204,7 @@ class Trainer:
         """Let every player take one step on this step's batch."""
         options, metrics = self.options, {}
         for turn, (player, params) in enumerate(self.players.items()):
-            optimizer = self.optimizers[player]
+            optimizer = self.optimizers[self._owners[player]]
             for group in optimizer.param_groups:
                 group["lr"] = options.rate(self.step)
             with _only(params, self.model):
@@ -215,8 +225,7 @@ class Trainer:
         pieces = self._pieces()
         for items in pieces:
             batch = self._to_device(self.data.batch(self.step, items))
-            seeds = [mix(self.options.seed, self.step, turn, item) for item in items]
-            noise = Noise(seeds, device=self.accelerator.device)
+            noise = self.streams((self.options.seed, self.step, turn), items, self.accelerator.device)
             with self._autocast():
                 loss, figures = self.objective.loss(player, self.model, batch, noise)
             (loss / len(pieces)).backward()
@@ -243,6 +252,18 @@ class Trainer:
         torch._foreach_lerp_(averages, current, 1 - decay)
         for average, buffer in zip(self.ema.buffers(), self.model.buffers(), strict=True):
             average.copy_(buffer)
+
+    def _owner(self, player: str) -> str:
+        """Return the player whose optimiser `player` uses: its own, or that of an earlier one with the same parameters."""
+        mine = {id(p) for p in self.players[player]}
+        for name in self.optimizers:
+            shared = mine & {id(p) for p in self.players[name]}
+            if shared and len(shared) == len(mine) == len(self.players[name]):
+                return name
+            if shared:
+                raise ValueError(f"{name!r} and {player!r} share some of their parameters; they must share all or none")
+        self.optimizers[player] = self._optimizer(self.players[player])
+        return player
 
     def _optimizer(self, params: list[nn.Parameter]) -> torch.optim.Optimizer:
         o = self.options
@@ -368,26 +389,3 @@ def _only(params: list[nn.Parameter], model: nn.Module) -> Iterator[None]:
     finally:
         for p in others:
             p.requires_grad_(True)
-
-
-@contextmanager
-def _stop_signals() -> Iterator[Callable[[], bool]]:
-    """Turn SIGINT and SIGTERM into a flag for the length of the block; a second one acts as usual.
-
-    Outside the main thread Python delivers no signals, and the flag stays down.
-    """
-    seen: list[int] = []
-    previous: dict[int, Any] = {}
-
-    def note(number: int, _frame: Any) -> None:
-        seen.append(number)
-        signal.signal(number, previous[number])
-
-    if threading.current_thread() is threading.main_thread():
-        for number in (int(signal.SIGINT), int(signal.SIGTERM)):
-            previous[number] = signal.signal(number, note)
-    try:
-        yield lambda: bool(seen)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

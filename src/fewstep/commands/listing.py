@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import typing
-from dataclasses import fields
+from dataclasses import MISSING, Field, fields
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from fewstep.options import flag_of
 def all_methods(kind: str) -> Table:
     """Return one row per method: source, needs, network calls, what it converges to, and of solvers the order."""
     rows = {name: _summary(get(name, kind)) for name in available(kind)}
-    table = _table("method", *next(iter(rows.values()), ()))
+    table = plain_table("method", *next(iter(rows.values()), ()))
     for name, row in rows.items():
         table.add_row(name, *row.values())
     return table
@@ -48,19 +48,19 @@ def _calls_per_step(solver: Solver) -> str:
 def one_method(name: str, kind: str) -> RenderableType:
     """Return what a method is, its fields and its presets."""
     cls = get(name, kind)
-    about = _table("", "")
+    about = plain_table("", "")
     for heading, text in (_summary(cls) | {"network calls": _calls(cls)}).items():
         about.add_row(heading, text)
     for preset, values in cls.presets.items():
         about.add_row(f"preset {preset}", escape(", ".join(f"{k} = {v}" for k, v in values.items()) or "the defaults"))
-    return Group(about, _fields(cls))
+    return Group(about, field_table(cls))
 
 
 def operator_table(name: str | None) -> RenderableType:
     """Return one row per operator, or the options of one."""
     if name is not None:
-        return _fields(get_operator(name))
-    table = _table("operator", "what happened", "sigma", "options")
+        return field_table(get_operator(name))
+    table = plain_table("operator", "what happened", "sigma", "options")
     for word, summary in operators().items():
         cls: Any = get_operator(word)
         options = ", ".join(f"--{flag_of(f).replace('_', '-')}" for f in fields(cls))
@@ -79,20 +79,31 @@ def _calls(cls: type[Sampler]) -> str:
     return most + ", ".join([str(calls[""]), *(f"{n} ({name})" for name, n in calls.items() if n != calls[""])])
 
 
-def _fields(cls: Any) -> Table:
-    table, hints, helps = _table("option", "type", "default", "meaning"), typing.get_type_hints(cls), meanings(cls)
+def field_table(cls: Any) -> Table:
+    """Return one row per field of a dataclass: option, type, default and meaning."""
+    table, hints, helps = (
+        plain_table("option", "type", "default", "meaning"),
+        typing.get_type_hints(cls),
+        dict[str, str](),
+    )
+    for base in reversed(cls.__mro__):
+        helps |= _said(base, "Attributes:") | meanings(base)
     for field in fields(cls):
         text = str(field.metadata.get("help", "")) or helps.get(field.name, "")
         kind = getattr(hints[field.name], "__name__", str(hints[field.name]))
-        table.add_row(flag_of(field).replace("_", "-"), escape(kind), escape(repr(field.default)), escape(text))
+        table.add_row(flag_of(field).replace("_", "-"), escape(kind), escape(_default(field)), escape(text))
     return table
 
 
 def meanings(cls: type) -> dict[str, str]:
     """Return what the docstring of a class says of its fields, under "Args:"."""
+    return _said(cls, "Args:")
+
+
+def _said(cls: type, heading: str) -> dict[str, str]:
     found: dict[str, str] = {}
     name = ""
-    for line in (cls.__doc__ or "").partition("Args:")[2].splitlines():
+    for line in (cls.__doc__ or "").partition(heading)[2].partition("Raises:")[0].splitlines():
         head, colon, text = line.strip().partition(": ")
         if colon and head.isidentifier():
             name, found[head] = head, text
@@ -101,7 +112,14 @@ def meanings(cls: type) -> dict[str, str]:
     return found
 
 
-def _table(*columns: str) -> Table:
+def _default(field: Field[Any]) -> str:
+    if field.default_factory is not MISSING:
+        return repr(field.default_factory())
+    return "needed" if field.default is MISSING else repr(field.default)
+
+
+def plain_table(*columns: str) -> Table:
+    """Return an empty table without lines."""
     table = Table(show_header=any(columns), box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for column in columns:
         table.add_column(column, overflow="fold", header_style="bold")

@@ -59,12 +59,20 @@ def arctan(schedule: Schedule, steps: int, spread: float = 0.5) -> Tensor:
     return _by_ratio(schedule, spread * torch.tan(angles))
 
 
+def angle(schedule: Schedule, steps: int) -> Tensor:
+    """Return times of evenly spaced arctan(ratio), so that every second time of 2 n steps is one of n."""
+    high = torch.atan(schedule.ratio(torch.ones((), dtype=torch.float64)))
+    ratios = torch.tan(high * torch.linspace(1, 0, steps + 1, dtype=torch.float64)[:-1])
+    return _by_ratio(schedule, ratios)
+
+
 GRIDS: dict[str, Grid] = {
     "uniform": uniform,
     "quadratic": quadratic,
     "log_snr": log_snr,
     "edm": edm,
     "arctan": arctan,
+    "angle": angle,
 }
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -85,3 +85,50 @@ def mix(*words: int) -> int:
     """Hash integers into a 63-bit seed with numpy's SeedSequence, so that near seeds give unrelated streams."""
     state = np.random.SeedSequence([w & (2**64 - 1) for w in words]).generate_state(1, np.uint64)[0]
     return int(state) >> 1
+
+
+class Streams(Noise):
+    """`Noise` for many small items: what item k gets depends on (seed, k) and on what was asked before, not on the others.
+
+    Items are served in fixed blocks by numpy's generators, whose first rows do not depend on how many follow, so that a
+    hundred thousand items cost no more than their numbers.
+
+    Args:
+        seed: one integer for all.
+        items: which items, a range that starts at a multiple of `Streams.SIZE`.
+        dtype: dtype of what is drawn.
+        device: device of what is drawn.
+    """
+
+    SIZE = 1024
+
+    def __init__(
+        self, seed: int, items: range, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> None:
+        if not len(items) or items.start % self.SIZE or items.step != 1:
+            raise ValueError(f"items must be a range that starts at a multiple of {self.SIZE}, got {items}")
+        self.dtype, self.device, self._count, self._calls = dtype, torch.device(device), len(items), 0
+        blocks = range(items.start // self.SIZE, -(-items.stop // self.SIZE))
+        self._words = [(seed & (2**64 - 1), block) for block in blocks]
+
+    def __len__(self) -> int:
+        return self._count
+
+    def part(self, items: Sequence[int]) -> Noise:
+        """Not offered: blocks cannot be taken apart."""
+        raise NotImplementedError("Streams cannot be split; make one per chunk")
+
+    def randn(self, *shape: int) -> Tensor:
+        """See `Noise`."""
+        return self._draw(lambda g, rows: g.standard_normal((rows, *shape)))
+
+    def rand(self, *shape: int) -> Tensor:
+        """See `Noise`."""
+        return self._draw(lambda g, rows: g.random((rows, *shape)))
+
+    def _draw(self, numbers: Callable[[np.random.Generator, int], np.ndarray]) -> Tensor:
+        """Return the next numbers of every item, each call from generators of its own."""
+        rows = [min(self.SIZE, self._count - k * self.SIZE) for k in range(len(self._words))]
+        drawn = [numbers(np.random.default_rng([*w, self._calls]), n) for w, n in zip(self._words, rows, strict=True)]
+        self._calls += 1
+        return torch.from_numpy(np.concatenate(drawn)).to(self.device, self.dtype)

@@ -1,4 +1,4 @@
-"""The folder is the list: a file in `methods/` or `solvers/` that defines one sampler is a method of that name.
+"""The folder is the list: a file in `methods/`, say, that defines one sampler is a method of that name.
 
 Other packages add theirs through the entry-point groups `fewstep.methods` and `fewstep.solvers`.
 """
@@ -11,35 +11,54 @@ import inspect
 import pkgutil
 from collections.abc import Collection
 from importlib.metadata import entry_points
+from typing import Any
 
-from fewstep.core.sampler import Sampler
-
+# each folder, the singular of what is in it, and the class that its classes derive from
+FOLDERS = {
+    "methods": ("method", "core.sampler:Sampler"),
+    "solvers": ("method", "core.sampler:Sampler"),
+    "densities.teachers": ("density sampler", "densities.teachers._base:Teacher"),
+    "densities.losses": ("loss", "core.objective:Objective"),
+}
 # what is said, and the folder that is meant
-KINDS = {"method": "methods", "methods": "methods", "solver": "solvers", "solvers": "solvers"}
+KINDS = {
+    "method": "methods",
+    "methods": "methods",
+    "solver": "solvers",
+    "solvers": "solvers",
+    "teachers": "densities.teachers",
+    "losses": "densities.losses",
+}
 
 
 def available(kind: str = "methods") -> list[str]:
-    """Return the names of all samplers of a kind, "methods" (posterior samplers) or "solvers" (prior samplers)."""
+    """Return the names of all classes of a kind.
+
+    Args:
+        kind: "methods" (posterior samplers), "solvers" (prior samplers), "teachers" (samplers of a density, before they are
+            trained) or "losses" (what these minimise).
+    """
     kind = _folder(kind)
     package = importlib.import_module(f"fewstep.{kind}")
     own = [module.name for module in pkgutil.iter_modules(package.__path__) if not module.name.startswith("_")]
     return sorted({*own, *(point.name for point in entry_points(group=f"fewstep.{kind}"))})
 
 
-def get(name: str, kind: str = "methods") -> type[Sampler]:
-    """Return the sampler class called `name`.
+def get(name: str, kind: str = "methods") -> type[Any]:
+    """Return the class called `name`, see `available`.
 
     Raises:
         ValueError: there is none; the nearest names are suggested.
     """
-    name, kind = name.replace("-", "_"), _folder(kind)
+    name, folder = name.replace("-", "_"), _folder(kind)
+    noun, base = FOLDERS[folder]
     if name not in (names := available(kind)):
         near = difflib.get_close_matches(name, names, 3, 0.4)
         hint = f"did you mean {' or '.join(near)}?" if near else f"choose one of {', '.join(names)}"
-        raise ValueError(f"unknown method {name!r}; {hint}")
-    for point in entry_points(group=f"fewstep.{kind}", name=name):
+        raise ValueError(f"unknown {noun} {name!r}; {hint}")
+    for point in entry_points(group=f"fewstep.{folder}", name=name):
         return point.load()
-    return _only_sampler(f"fewstep.{kind}.{name}")
+    return _only_class(f"fewstep.{folder}.{name}", base)
 
 
 def fitting(provides: Collection[str]) -> list[str]:
@@ -53,13 +72,15 @@ def _folder(kind: str) -> str:
     return KINDS[kind]
 
 
-def _only_sampler(module_name: str) -> type[Sampler]:
-    module = importlib.import_module(module_name)
+def _only_class(module_name: str, base: str) -> type[Any]:
+    """Return the one class of a module that derives from `base`, "module:class"."""
+    module, (home, _, kind) = importlib.import_module(module_name), base.partition(":")
+    ancestor = getattr(importlib.import_module(f"fewstep.{home}"), kind)
     found = [
         value
         for value in vars(module).values()
-        if inspect.isclass(value) and issubclass(value, Sampler) and value.__module__ == module_name
+        if inspect.isclass(value) and issubclass(value, ancestor) and value.__module__ == module_name
     ]
     if len(found) != 1:
-        raise TypeError(f"{module_name} must define exactly one sampler, it defines {len(found)}")
+        raise TypeError(f"{module_name} must define exactly one {kind}, it defines {len(found)}")
     return found[0]

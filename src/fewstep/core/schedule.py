@@ -91,6 +91,26 @@ class Cosine(Schedule):
 
 
 @dataclass(frozen=True)
+class Brownian(Schedule):
+    """alpha^2 = 1 - t: a Brownian motion that starts at 0 and is pinned to x_0, over its standard deviation at each time.
+
+    With r = 1 - t the motion itself has alpha = r, sigma = sqrt(r (1 - r)), whose variance for x_0 ~ N(0, I) is r.
+    """
+
+    def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Schedule`; alpha^2 + sigma^2 = 1, and alpha_1 = 0."""
+        return (1 - t).sqrt(), t.sqrt()
+
+    def ratio(self, t: Tensor) -> Tensor:
+        """See `Schedule`; infinite at t = 1."""
+        return (t / (1 - t)).sqrt()
+
+    def time(self, ratio: Tensor) -> Tensor:
+        """See `Schedule`."""
+        return 1 / (1 + ratio.square().reciprocal())
+
+
+@dataclass(frozen=True)
 class VarianceExploding(Schedule):
     """alpha = 1, sigma geometric between `sigma_min` and `sigma_max` (Song et al. 2021, arXiv:2011.13456, eq. 31)."""
 

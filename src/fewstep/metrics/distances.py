@@ -1,4 +1,4 @@
-r"""Distances between two sets of samples or features, (N, D) each: Frechet, MMD, energy, sliced Wasserstein.
+r"""Distances between two sets of samples or features, (N, D) each: Frechet, MMD, energy; `transport` has Wasserstein's.
 
 `mmd` and `energy_distance` are U-statistics of iid pairs z_i = (a_i, b_i) with h_ij = k(a_i, a_j) + k(b_i, b_j) - k(a_i, b_j)
 - k(b_i, a_j): unbiased, hence negative half of the time where the two laws are equal, and with a standard error that holds
@@ -12,8 +12,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fewstep.metrics.quality import Missing
-
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
     """Return |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^1/2) of features, (N, F) and (M, F): squared 2-Wasserstein of Gaussians.
@@ -25,7 +23,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     Raises:
         ValueError: fewer than two rows, or different F.
     """
-    _check(a, b, rows=2)
+    check_sets(a, b, rows=2)
     first, second = a.double(), b.double()
     shift = (first.mean(0) - second.mean(0)).square().sum()
     roots = [_root(first), _root(second)]
@@ -61,7 +59,7 @@ def mmd(
         raise ValueError(f"needs at least five groups of {group} rows and nothing beside them, got {len(a)} rows")
     grams = ((torch.cdist(x, y) / bandwidth).square().mul(-0.5).exp() for x, y in ((a, a), (b, b), (a, b)))
     aa, bb, ab = (torch.nn.functional.avg_pool2d(gram[None], group)[0] for gram in grams)
-    return _u_statistic(aa, bb, ab)
+    return u_statistic(aa + bb - ab - ab.T)
 
 
 def energy_distance(a: Tensor, b: Tensor, *, given: Tensor | None = None) -> tuple[float, float]:
@@ -70,25 +68,8 @@ def energy_distance(a: Tensor, b: Tensor, *, given: Tensor | None = None) -> tup
     Szekely and Rizzo 2013, J. Statist. Plann. Inference 143. `given` and errors as in `mmd`.
     """
     a, b = _joined(a, b, given)
-    return _u_statistic(-torch.cdist(a, a), -torch.cdist(b, b), -torch.cdist(a, b))
-
-
-def sliced_wasserstein(a: Tensor, b: Tensor, projections: int = 64, seed: int = 0) -> float:
-    """Return the sliced 2-Wasserstein distance of samples, (N, D) and (M, D), on directions fixed by `seed`; by POT.
-
-    Rabin et al. 2011, SSVM: the root of the mean over directions of the squared distance in one dimension.
-
-    Raises:
-        ValueError: different D, or POT is not installed.
-    """
-    _check(a, b, rows=1)
-    try:
-        from ot import sliced_wasserstein_distance
-    except ImportError as error:
-        raise Missing(f"POT is not installed ({error}); pip install fewstep[metrics]") from None
-    generator = torch.Generator().manual_seed(seed)
-    directions = torch.randn(a.shape[1], projections, generator=generator, dtype=a.dtype).to(a.device)
-    return float(sliced_wasserstein_distance(a, b, p=2, projections=directions / directions.norm(dim=0)))
+    ab = torch.cdist(a, b)
+    return u_statistic(ab + ab.T - torch.cdist(a, a) - torch.cdist(b, b))
 
 
 def _root(x: Tensor) -> Tensor:
@@ -100,7 +81,7 @@ def _joined(a: Tensor, b: Tensor, given: Tensor | None) -> tuple[Tensor, Tensor]
     """Return both sets in double precision with `given` appended to their rows."""
     if a.shape != b.shape:
         raise ValueError(f"a standard error needs two sets of one size, got {tuple(a.shape)} and {tuple(b.shape)}")
-    _check(a, b, rows=5)
+    check_sets(a, b, rows=5)
     if given is None:
         return a.double(), b.double()
     if given.ndim != 2 or len(given) != len(a):
@@ -108,13 +89,13 @@ def _joined(a: Tensor, b: Tensor, given: Tensor | None) -> tuple[Tensor, Tensor]
     return torch.cat([a, given.to(a)], 1).double(), torch.cat([b, given.to(b)], 1).double()
 
 
-def _u_statistic(aa: Tensor, bb: Tensor, ab: Tensor) -> tuple[float, float]:
-    """Return the mean of h_ij over i != j and its standard error, from three Gram matrices, (N, N).
+def u_statistic(h: Tensor) -> tuple[float, float]:
+    """Return the mean of symmetric h_ij over i != j and its standard error, (N, N).
 
     Hoeffding: Var = (4 (N - 2) v1 + 2 v2) / (N (N - 1)) with v1 = Var E[h | z] and v2 = Var h. The variance of the row means
     has expectation (N - 2) ((N - 4) v1 + v2) / (N - 1)^2, which is solved for v1.
     """
-    h = (aa + bb - ab - ab.T).fill_diagonal_(0)
+    h = h.clone().fill_diagonal_(0)
     n = len(h)
     pairs = n * (n - 1)
     value = h.sum() / pairs
@@ -124,7 +105,8 @@ def _u_statistic(aa: Tensor, bb: Tensor, ab: Tensor) -> tuple[float, float]:
     return float(value), float(((4 * (n - 2) * v1 + 2 * v2) / pairs).sqrt())
 
 
-def _check(a: Tensor, b: Tensor, rows: int) -> None:
+def check_sets(a: Tensor, b: Tensor, rows: int) -> None:
+    """Raise ValueError unless a, b are finite sets (N, D) and (M, D) of at least so many rows."""
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
         raise ValueError(f"expected sets (N, D) and (M, D), got {tuple(a.shape)} and {tuple(b.shape)}")
     if min(len(a), len(b)) < rows:

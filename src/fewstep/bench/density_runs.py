@@ -1,0 +1,272 @@
+"""Samplers of a density as the benchmark trains them, with every call of the network and of the target counted."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, astuple, dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
+
+from fewstep.core.density import Bounds, TargetDensity
+from fewstep.core.files import write_bytes
+from fewstep.core.noise import Noise, mix
+from fewstep.core.registry import get
+from fewstep.densities.base import DensitySampler, load_density_sampler
+from fewstep.densities.distill import distill
+from fewstep.densities.draws import Draws
+from fewstep.densities.fit import fit
+from fewstep.densities.mcmc.hamiltonian import Hamiltonian
+from fewstep.densities.mcmc.replica_exchange import ReplicaExchange
+from fewstep.densities.mcmc.sequential import SequentialMonteCarlo
+from fewstep.densities.mixtures import fit_mixture
+from fewstep.densities.students.cdds import CDDS
+from fewstep.densities.whitened import whiten
+from fewstep.priors.exact import MixturePrior
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How samplers are trained.
+
+    Attributes:
+        train_steps: optimiser steps of teachers and of samplers that are trained from scratch.
+        batch: their paths per step.
+        path_steps: steps of these paths, a power of two.
+        distill_steps: optimiser steps of students.
+        rows: trajectories of the teacher that students learn from.
+        draws: of replica exchange, for teachers that are fitted to draws.
+        components: of the mixture that is fitted to them.
+    """
+
+    train_steps: int = 2000
+    batch: int = 256
+    path_steps: int = 32
+    distill_steps: int = 8000
+    rows: int = 32_768
+    draws: int = 8192
+    components: int = 64
+
+
+@dataclass
+class Counted(TargetDensity):
+    """A density that counts its calls, one per point.
+
+    Attributes:
+        inner: the density.
+        calls: of log_prob.
+        gradients: of score.
+    """
+
+    inner: TargetDensity
+    calls: int = 0
+    gradients: int = 0
+
+    @property
+    def dim(self) -> int:  # type: ignore[override]
+        """See `TargetDensity`."""
+        return self.inner.dim
+
+    @property
+    def support(self) -> tuple[Tensor | float, Tensor | float] | None:  # type: ignore[override]
+        """See `TargetDensity`."""
+        return self.inner.support
+
+    @property
+    def log_z(self) -> float | None:  # type: ignore[override]
+        """See `TargetDensity`."""
+        return self.inner.log_z
+
+    @property
+    def log_z_bounds(self) -> Bounds | None:  # type: ignore[override]
+        """See `TargetDensity`."""
+        return self.inner.log_z_bounds
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """See `TargetDensity`."""
+        self.calls += len(x)
+        return self.inner.log_prob(x)
+
+    def score(self, x: Tensor) -> Tensor:
+        """See `TargetDensity`."""
+        self.gradients += len(x)
+        return self.inner.score(x)
+
+    def sample(self, noise: Noise) -> Tensor:
+        """See `TargetDensity`."""
+        return self.inner.sample(noise)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a training has taken: calls of networks, of log rho and of its gradient, one per point, and processor seconds."""
+
+    network: int = 0
+    target: int = 0
+    gradient: int = 0
+    seconds: float = 0.0
+
+    def __add__(self, other: Budget) -> Budget:
+        return Budget(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    @property
+    def evaluations(self) -> int:
+        """Values and gradients of the target together."""
+        return self.target + self.gradient
+
+    def drawing(self, draws: Draws) -> Budget:
+        """Return the budget with that of the draws added, but for their time."""
+        n = len(draws)
+        return self + Budget(round(n * draws.nfe), round(n * draws.target_calls), round(n * draws.gradient_calls))
+
+
+class Trained(NamedTuple):
+    """A sampler and all that its training took, that of its teacher included."""
+
+    sampler: DensitySampler
+    budget: Budget
+
+
+@contextmanager
+def counted_networks() -> Iterator[list[int]]:
+    """Count the rows that go through networks which are built inside, in the one number that is yielded.
+
+    Every network of `densities` has one layer that each of its calls goes through once, `first`.
+    """
+    calls, watched = [0], [nn.Module()]
+
+    def count(_: nn.Module, given: tuple[Tensor, ...]) -> None:
+        calls[0] += given[0].shape[:-1].numel()
+
+    def watch(_: nn.Module, name: str, child: nn.Module | None) -> None:
+        if name == "first" and child is not None and child is not watched[-1]:
+            watched.append(child)
+            child.register_forward_pre_hook(count)
+
+    handle = register_module_module_registration_hook(watch)
+    try:
+        yield calls
+    finally:
+        handle.remove()
+
+
+@dataclass(frozen=True, eq=False)
+class Workshop:
+    """Trains samplers of one target from one seed, each once, and keeps them in a folder.
+
+    Attributes:
+        target: the density.
+        setup: how.
+        seed: of everything.
+        folder: where trained samplers lie.
+    """
+
+    target: TargetDensity
+    setup: Setup
+    seed: int
+    folder: Path
+    _made: dict[str, Trained] = field(default_factory=dict, repr=False)
+
+    def trained(self, name: str) -> Trained:
+        """Return the sampler called `name`, of `METHODS`."""
+        if name not in self._made:
+            kept = self.folder / name
+            if not (kept / "budget.json").exists():
+                self._train(name, kept)
+            budget = Budget(**json.loads((kept / "budget.json").read_text(encoding="utf-8")))
+            self._made[name] = Trained(load_density_sampler(kept, self.target), budget)
+        return self._made[name]
+
+    def _train(self, name: str, kept: Path) -> None:
+        recipe, counted, before = METHODS[name], Counted(self.target), Budget()
+        if recipe.teacher:
+            before = self.trained(recipe.teacher).budget
+        begin = time.process_time()
+        with counted_networks() as calls:
+            # read anew, so that it calls the target that counts
+            teacher = load_density_sampler(self.folder / recipe.teacher, counted) if recipe.teacher else None
+            sampler = recipe.make(self, counted, teacher)
+        budget = before + Budget(calls[0], counted.calls, counted.gradients, time.process_time() - begin)
+        sampler.save(kept)
+        write_bytes(kept / "budget.json", json.dumps(asdict(budget)).encode())
+
+
+BATCH = 512  # of students
+RUNS = 8  # of sequential Monte Carlo, whose spread is its error
+EXCHANGE = ReplicaExchange(Hamiltonian(4, 0.8, reach=100.0), levels=8, chains=64)
+
+
+class Recipe(NamedTuple):
+    """How a method is trained; `teacher` is the method that its teacher is trained by, empty where it has none."""
+
+    make: Callable[[Workshop, TargetDensity, Any], DensitySampler]
+    teacher: str = ""
+
+
+def from_scratch(name: str) -> Recipe:
+    """Return how the method of `fit` called `name` is trained."""
+
+    def make(shop: Workshop, target: TargetDensity, _: Any) -> DensitySampler:
+        setup, teacher = shop.setup, get(name, "teachers")(steps=shop.setup.path_steps)
+        return fit(target, sampler=teacher, train_steps=setup.train_steps, batch=setup.batch, seed=shop.seed)
+
+    return Recipe(make)
+
+
+def student_of(name: str, preset: str | None = None) -> Recipe:
+    """Return how a student of the method called `name` is trained: our recipe, or a preset of CDDS."""
+
+    def make(shop: Workshop, target: TargetDensity, teacher: Any) -> DensitySampler:
+        method = CDDS.preset(preset) if preset else CDDS(rows=shop.setup.rows)
+        return distill(teacher, method, train_steps=shop.setup.distill_steps, batch=BATCH, seed=shop.seed)
+
+    return Recipe(make, name)
+
+
+def from_exchange(shop: Workshop, target: TargetDensity, _: Any) -> DensitySampler:
+    """Return a student of the mixture that is fitted to draws of replica exchange: no network but its own."""
+    setup, method, whitened = shop.setup, CDDS(rows=shop.setup.rows), whiten(target, seed=shop.seed)
+    draws = replace(EXCHANGE, thin=2).sample(whitened, setup.draws, seed=mix(shop.seed, 1), dtype=torch.float32)
+    fitted = MixturePrior(*fit_mixture(whitened.to_y(draws.x), setup.components, seed=shop.seed))
+    return distill(
+        fitted, method, target=whitened, train_steps=setup.distill_steps, batch=BATCH, seed=mix(shop.seed, 2)
+    )
+
+
+METHODS: dict[str, Recipe] = {
+    **{name: from_scratch(name) for name in ("dis", "lrds", "matched", "scds", "osds")},
+    "cdds": student_of("dis"),
+    "cdds-paper": student_of("dis", "paper"),
+    "cdds-matched": student_of("matched"),
+    "cdds-exchange": Recipe(from_exchange),
+}
+
+
+def exchange_at(target: TargetDensity, evaluations: int, n: int, seed: int) -> Draws:
+    """Return n draws of replica exchange for about so many values and gradients of the target, fewer where it is few steps."""
+    whitened = whiten(target, seed=seed)
+    one = EXCHANGE
+    per_step = 2 * one.levels * one.chains * (one.kernel.leaps + 1)
+    steps = max(evaluations // per_step, 2)
+    warmup = min(one.warmup, steps // 3)
+    length = min(n // one.chains, steps - warmup)
+    made = replace(one, warmup=warmup, thin=max((steps - warmup) // length, 1))
+    return made.sample(whitened, length * one.chains, seed=seed)
+
+
+def sequential_at(target: TargetDensity, evaluations: int, n: int, seed: int) -> Draws:
+    """Return n weighted draws of sequential Monte Carlo for about so many values and gradients of the target.
+
+    The moves per temperature make up the budget; what one move costs is found by a run that is not counted.
+    """
+    whitened = whiten(target, seed=seed)
+    one = SequentialMonteCarlo(particles=n // RUNS, moves=1)
+    probe = one.sample(whitened, n, seed=mix(seed, 3))
+    cost = n * (probe.target_calls + probe.gradient_calls)
+    return replace(one, moves=max(1, round(evaluations / cost))).sample(whitened, n, seed=seed)

@@ -1,0 +1,93 @@
+"""Rows of the densities benchmark: what draws cost and are worth, several seeds in one row, and who is best in a column."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from scipy.stats import t
+
+from fewstep.bench.common import cell
+from fewstep.bench.density_figures import Truth
+from fewstep.densities.draws import Draws
+
+ORDER = (
+    "method",
+    "steps",
+    "nfe",
+    "target calls",
+    "gradient calls",
+    "weights",
+    "refused",
+    "ESS",
+    "k-hat",
+    "ELBO",
+    "log Z",
+)
+EQUAL = (
+    "method",
+    "evaluations",
+    "log Z error",
+    "covers",
+    "W1",
+    "W2",
+    "Sinkhorn",
+    "SW",
+    "energy x 1000",
+    "mode error",
+    "modes",
+    "KSD",
+)
+_LESS_IS_BETTER = ("log Z error", "W1", "W2", "Sinkhorn", "SW", "energy x 1000", "mode error", "KSD")
+
+
+def costed(truth: Truth, draws: Draws, even: Draws | None = None) -> dict[str, Any]:
+    """Return what draws cost per sample and the figures of their weights, and distances of `even`, or of the draws themselves."""
+    cost = {"nfe": draws.nfe, "target calls": draws.target_calls, "gradient calls": draws.gradient_calls}
+    return cost | truth.weighted(draws) | truth.distances((even or draws).x)
+
+
+def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return one row of several: numbers as mean ± their 95 % interval (infinite where one is), "yes" as a share, or the first."""
+    if len(rows) == 1:
+        return dict(rows[0])
+    return {key: _over([row.get(key) for row in rows]) for key in rows[0]}
+
+
+def _over(values: Sequence[Any]) -> Any:
+    if all(isinstance(value, int | float) for value in values):
+        if len(set(values)) == 1:
+            return values[0]
+        if not all(map(math.isfinite, values)):
+            return next(value for value in values if not math.isfinite(value))
+        reach = float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
+        return f"{cell(statistics.mean(values))} ± {cell(reach)}"
+    if all(value in ("yes", "no", "open") for value in values):
+        return f"{sum(value == 'yes' for value in values)}/{len(values)}"
+    return values[0]
+
+
+def ordered(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows with the columns of `ORDER` first, the interval of log Z behind it."""
+    first = (*ORDER, "low", "high")
+    return [{key: row.get(key) for key in first} | dict(row) for row in rows]
+
+
+def starred(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows with a star at the least value of every column in which less is better."""
+    for name in _LESS_IS_BETTER:
+        values = [_number(row[name]) for row in rows]
+        known_values = [value for value in values if value is not None]
+        for row, value in zip(rows, values, strict=True):
+            if len(known_values) > 1 and value == min(known_values):
+                row[name] = f"{cell(row[name])} *"
+    return rows
+
+
+def _number(value: Any) -> float | None:
+    try:
+        return None if value is None else float(str(value).split(" ")[0])
+    except ValueError:
+        return None

@@ -1,0 +1,1 @@
+"""Samplers of an unnormalised density: diffusion teachers, few-step students, and weights that are valid."""

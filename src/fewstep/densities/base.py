@@ -1,0 +1,149 @@
+"""Samplers of an unnormalised density: what `fit` and `distill` return, on disk and in use."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Self, final
+
+import torch
+from torch import Tensor
+
+from fewstep.core.density import TargetDensity
+from fewstep.core.files import read_header, read_weights, write_weights
+from fewstep.core.noise import Noise, Streams
+from fewstep.densities.draws import Draws, Kind
+from fewstep.densities.whitened import Whitened
+
+_METHOD = "density-sampler"
+_LAYOUT = 1  # raised whenever the same tensors would come to mean something else
+
+
+class Cost(NamedTuple):
+    """Calls per sample."""
+
+    nfe: int
+    target_calls: int = 0
+    gradient_calls: int = 0
+
+
+class Drawn(NamedTuple):
+    """What a sampler gives for one chunk: y, (N, d) whitened; log-weights, (N,) float64, or None; the calls per sample."""
+
+    y: Tensor
+    log_weights: Tensor | None
+    cost: Cost
+
+
+class DensitySampler(ABC):
+    """Draws x ~ rho / Z approximately, with weights that say how well.
+
+    Attributes:
+        target: the density that was asked for, in x.
+        whitened: the same density in y, where x = shift + scale y.
+        steps: the number of steps where none is asked for.
+        kind: what the weights are, see `Draws`.
+    """
+
+    target: TargetDensity
+    whitened: Whitened
+    steps: int
+    kind: Kind | None
+
+    @abstractmethod
+    def draw(self, noise: Noise, steps: int, weights: bool) -> Drawn:
+        """Return one sample per stream of `noise` in `steps` steps, weighted where `weights` asks for it."""
+
+    @abstractmethod
+    def config(self) -> dict[str, Any]:
+        """Return what `restore` needs beside the tensors, as JSON takes it."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the trained tensors by name."""
+
+    @classmethod
+    @abstractmethod
+    def restore(cls, whitened: Whitened, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
+        """Return the sampler that `config` and `tensors` were taken from."""
+
+    @final
+    @torch.no_grad()
+    def sample(
+        self, n: int, steps: int | None = None, *, seed: int = 0, chunk: int = 4096, weights: bool = True
+    ) -> Draws:
+        """Draw n samples; sample k depends on (seed, k) and the number of steps, not on n or `chunk`.
+
+        Args:
+            n: how many.
+            steps: the length of the loop; the sampler's own where it is None.
+            seed: one integer.
+            chunk: the most samples that are drawn at once, rounded up to a multiple of 1024.
+            weights: whether importance weights are computed too; they cost target calls, and Jacobians for maps.
+
+        Raises:
+            ValueError: `n` or `steps` is below one.
+        """
+        steps = self.steps if steps is None else steps
+        if n < 1 or steps < 1:
+            raise ValueError(f"n and steps must be at least 1, got {n} and {steps}")
+        begin, size = time.perf_counter(), -(-chunk // Streams.SIZE) * Streams.SIZE
+        parts = [self.draw(Streams(seed, range(k, min(k + size, n))), steps, weights) for k in range(0, n, size)]
+        logs = [part.log_weights.double() for part in parts if part.log_weights is not None]
+        return Draws(
+            x=self.whitened.to_x(torch.cat([part.y for part in parts])),
+            log_weights=torch.cat(logs) if logs else None,
+            kind=self.kind if logs else None,
+            **parts[0].cost._asdict(),
+            seconds=time.perf_counter() - begin,
+            seed=seed,
+        )
+
+    @final
+    def save(self, folder: str | Path) -> None:
+        """Write the sampler, but not its target, to `folder`: safetensors beside a JSON header."""
+        kind = type(self)
+        name = f"{kind.__module__.removeprefix('fewstep.densities.')}.{kind.__qualname__}"
+        whitening = {"whitening.shift": self.whitened.shift, "whitening.scale": self.whitened.scale}
+        header = {
+            "method": _METHOD,
+            "layout": _LAYOUT,
+            "sampler": name,
+            "dim": self.target.dim,
+            "config": self.config(),
+        }
+        write_weights(folder, {**self.tensors(), **whitening}, header)
+
+
+def load_density_sampler(folder: str | Path, target: TargetDensity) -> DensitySampler:
+    """Return the sampler that was saved to `folder`, for the density it was trained on.
+
+    Raises:
+        ValueError: the folder is damaged, holds something else or the weights of another version, or belongs to another number of
+            dimensions.
+    """
+    kind = _class(str(read_header(folder).get("sampler", "")), folder)
+    tensors, header = read_weights(folder, _METHOD)
+    if header.get("layout") != _LAYOUT:
+        raise ValueError(
+            f"{folder} was written by another version of fewstep, which reads its weights otherwise; fit anew"
+        )
+    if header["dim"] != target.dim:
+        raise ValueError(f"{folder} belongs to a density of {header['dim']} dimensions, not of {target.dim}")
+    shift, scale = (tensors.pop(f"whitening.{name}") for name in ("shift", "scale"))
+    return kind.restore(Whitened(target, shift, scale), header["config"], tensors)
+
+
+def _class(name: str, folder: str | Path) -> type[DensitySampler]:
+    """Return the sampler class that a header names, which lives in this package."""
+    if not re.fullmatch(r"[a-z_]\w*(\.[a-z_]\w*)*\.[A-Z]\w*", name):
+        raise ValueError(f"{folder} holds no density sampler")
+    module, _, kind = name.rpartition(".")
+    found = getattr(importlib.import_module(f"fewstep.densities.{module}"), kind, None)
+    if not (isinstance(found, type) and issubclass(found, DensitySampler)):
+        raise ValueError(f"{folder} names {name!r}, which is no density sampler")
+    return found

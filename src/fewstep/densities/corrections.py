@@ -1,0 +1,186 @@
+"""From draws of an imperfect sampler to draws of the target: independence Metropolis, Langevin polishing, SMC on top."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fewstep.core.density import TargetDensity
+from fewstep.core.noise import Noise, Streams, mix
+from fewstep.densities.draws import Draws
+from fewstep.densities.mcmc.base import MonteCarlo
+from fewstep.densities.mcmc.bridge import Bridge, StandardNormal
+from fewstep.densities.mcmc.hamiltonian import Hamiltonian, mala
+from fewstep.densities.mcmc.sequential import SequentialMonteCarlo
+from fewstep.densities.whitened import Whitened
+
+_PILOT = 512  # rows on which the step size is adapted before it is fixed
+
+
+def independence_metropolis(draws: Draws, chains: int = 32, burn_in: float = 0.2, seed: int = 0) -> Draws:
+    """Return chains that propose the draws one after the other and accept with probability min(1, w' / w); no further calls.
+
+    Tierney 1994, Ann. Statist. 22. The rows hang together within a chain; a weight that is never left shows as repeats.
+
+    Args:
+        draws: independent, with weights of kind "unbiased".
+        chains: how many share the draws; rows that do not fill them are left out.
+        burn_in: share of each chain that is thrown away.
+        seed: of the acceptances.
+
+    Raises:
+        ValueError: weights of another kind, draws that hang together, or too few of them.
+    """
+    length = len(draws) // chains
+    if draws.kind != "unbiased" or draws.group != 1:
+        raise ValueError(f"needs independent draws with unbiased weights, got kind {draws.kind!r}, group {draws.group}")
+    if length < 2 or not 0 <= burn_in < 1:
+        raise ValueError(f"{len(draws)} draws do not fill {chains} chains of two, or burn_in lies outside [0, 1)")
+    log_w = draws.weights_for("log_z")[: chains * length].reshape(chains, length)
+    log_u = Streams(seed, range(chains), torch.float64, log_w.device).rand(length).log()
+    at = torch.zeros(chains, dtype=torch.long, device=log_w.device)
+    path, row = [], torch.arange(chains, device=log_w.device)
+    for k in range(length):
+        # from weight zero everything is accepted, -inf proposed never
+        better = log_u[:, k] < log_w[:, k] - log_w[row, at].clamp_min(-torch.finfo(torch.float64).max)
+        at = torch.where(better | (log_w[row, at] == -math.inf), torch.full_like(at, k), at)
+        path.append(at)
+    kept = torch.stack(path, 1)[:, int(burn_in * length) :]
+    rows = (kept + row[:, None] * length).flatten()
+    return draws.picked(rows, group=kept.shape[1])
+
+
+def polish(
+    draws: Draws, target: TargetDensity, steps: int = 10, kernel: Hamiltonian | None = None, seed: int = 0
+) -> Draws:
+    """Return the draws after Markov steps that leave the target invariant, MALA by default.
+
+    Draws without weights come closer to the target with each step, within the modes they are in. Weights stay as they are and
+    stay valid: E[w f(x)] = Z E[f] holds for x moved by an invariant kernel as for x (Neal 2001, section 2.3). The step
+    size is adapted on copies of the first rows and then fixed.
+
+    Args:
+        draws: of any sampler.
+        target: the density that they are for; of a `Whitened` one the steps are taken in its coordinates.
+        steps: how many.
+        kernel: the Markov step.
+        seed: of its noise.
+    """
+    begin, kernel = time.perf_counter(), kernel or mala()
+    whitened = target if isinstance(target, Whitened) else Whitened(target)
+    bridge, one = Bridge(StandardNormal(target.dim), whitened), torch.ones((), dtype=torch.float64)
+    with torch.no_grad():
+        y = whitened.to_y(draws.x)
+        size = _step_size(kernel, bridge, y[:_PILOT], mix(seed, 1))
+        noise, state = Streams(mix(seed, 2), range(len(y)), y.dtype, y.device), bridge.at(y)
+        for _ in range(steps):
+            state, _ = kernel.step(bridge, state, one, size, noise)
+    return replace(
+        draws,
+        x=whitened.to_x(state.x),
+        target_calls=draws.target_calls + bridge.target_calls / len(y),
+        gradient_calls=draws.gradient_calls + bridge.gradient_calls / len(y),
+        seconds=draws.seconds + time.perf_counter() - begin,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class KernelMixture(TargetDensity):
+    """An equal mixture of Gaussians around draws, with the covariance of the draws: a normalised law that lies where they do.
+
+    Centres are drawn towards the mean so that the kernels do not widen the whole (West 1993, J. R. Statist. Soc. B 55).
+
+    Args:
+        centres: (M, d).
+        root: (d, d), lower triangular, the root of each kernel's covariance.
+    """
+
+    centres: Tensor
+    root: Tensor
+
+    log_z = 0.0
+
+    @property
+    def dim(self) -> int:  # type: ignore[override]
+        """See `TargetDensity`."""
+        return self.centres.shape[1]
+
+    @classmethod
+    def fitted(cls, x: Tensor, count: int) -> KernelMixture:
+        """Return the mixture around the first `count` rows with the covariance of all, (N, d), of Silverman's width."""
+        d = x.shape[1]
+        centres, width = x[:count], min((4 / (d + 2) / min(count, len(x))) ** (1 / (d + 4)), 1.0)
+        cov = torch.cov(x.T).reshape(d, d)
+        root = torch.linalg.cholesky(cov + 1e-8 * cov.diagonal().mean() * torch.eye(d, dtype=x.dtype, device=x.device))
+        return cls(x.mean(0) + math.sqrt(1 - width**2) * (centres - x.mean(0)), width * root)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """See `TargetDensity`."""
+        distances = torch.cdist(self._standard(x), self._standard(self.centres)).square()
+        constant = self.root.diagonal().log().sum() + self.dim / 2 * math.log(2 * math.pi) + math.log(len(self.centres))
+        return (-0.5 * distances).logsumexp(1) - constant
+
+    def score(self, x: Tensor) -> Tensor:
+        """See `TargetDensity`: towards the centres' mean, weighted by responsibilities."""
+        share = (-0.5 * torch.cdist(self._standard(x), self._standard(self.centres)).square()).softmax(1)
+        return torch.cholesky_solve((share @ self.centres - x).T, self.root).T
+
+    def sample(self, noise: Noise) -> Tensor:
+        """See `TargetDensity`."""
+        row = (noise.rand(1)[:, 0] * len(self.centres)).long().clamp_max(len(self.centres) - 1)
+        return self.centres[row] + noise.randn(self.dim) @ self.root.T
+
+    def _standard(self, x: Tensor) -> Tensor:
+        return torch.linalg.solve_triangular(self.root, x.T, upper=False).T
+
+
+def smc_on_top(
+    draws: Draws,
+    target: TargetDensity,
+    n: int = 8192,
+    *,
+    method: MonteCarlo | None = None,
+    centres: int = 256,
+    seed: int = 0,
+) -> Draws:
+    """Return new weighted draws by sequential Monte Carlo that starts from a mixture around the given ones.
+
+    The start is a law with a density, so the weights are unbiased whatever the draws were, with or without weights of
+    their own; good draws make the path short. Costs are those of the draws and of the path, per new draw.
+
+    Args:
+        draws: of any sampler; resampled by their weights where as many are effective as there are centres.
+        target: the density that they are for; of a `Whitened` one the path runs in its coordinates.
+        n: new draws, a multiple of the particles of a run.
+        method: the sampler on top; eight runs are what its interval of log Z should have at least.
+        centres: kernels of the mixture.
+        seed: one integer.
+    """
+    whitened = target if isinstance(target, Whitened) else Whitened(target)
+    useful = draws.kind == "unbiased" and len(draws) * draws.ess >= centres
+    some = draws.resample(seed=seed) if useful else draws
+    rows = torch.randperm(len(some), generator=torch.Generator().manual_seed(seed))
+    base = KernelMixture.fitted(whitened.to_y(some.x[rows]).double(), centres)
+    found = (method or SequentialMonteCarlo()).sample(whitened, n, seed=seed, base=base)
+    share = len(draws) / n
+    return replace(
+        found,
+        nfe=share * draws.nfe,
+        target_calls=found.target_calls + share * draws.target_calls,
+        gradient_calls=found.gradient_calls + share * draws.gradient_calls,
+        seconds=found.seconds + draws.seconds,
+    )
+
+
+def _step_size(kernel: Hamiltonian, bridge: Bridge, y: Tensor, seed: int, steps: int = 60) -> Tensor:
+    """Return step sizes, (d,), at which the kernel accepts as it should on copies of `y`."""
+    noise, one = Streams(seed, range(len(y)), y.dtype, y.device), torch.ones((), dtype=torch.float64)
+    state, size = bridge.at(y), torch.full_like(y[0], 0.1)
+    for k in range(steps):
+        state, accept = kernel.step(bridge, state, one, size, noise)
+        size = kernel.adapted(size, accept.mean(), k)
+    return size

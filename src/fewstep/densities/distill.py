@@ -1,0 +1,90 @@
+"""One call from a sampler of many steps to one of few."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from contextlib import nullcontext
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, cast
+
+from torch import nn
+
+from fewstep.core.denoiser import Denoiser
+from fewstep.core.density import TargetDensity
+from fewstep.core.objective import Objective
+from fewstep.densities.base import DensitySampler
+from fewstep.densities.batches import in_blocks
+from fewstep.densities.fit import FitOptions
+from fewstep.densities.students._polish import InTurn
+from fewstep.densities.students._sampler import MapSampler
+from fewstep.densities.students.cdds import CDDS, ready
+from fewstep.densities.teachers._base import seeded
+from fewstep.densities.whitened import Whitened
+from fewstep.training import Batches, Trainer
+
+METHODS = {"cdds": CDDS}
+OPTIONS = FitOptions(train_steps=8000, batch=512, ema=0.999)
+
+
+def distill(
+    teacher: DensitySampler | Denoiser,
+    method: str | CDDS = "cdds",
+    *,
+    target: TargetDensity | None = None,
+    options: FitOptions = OPTIONS,
+    **overrides: Any,
+) -> MapSampler:
+    """Train a map that does in one step, or a few, what the teacher does in many.
+
+    Args:
+        teacher: a trained sampler that has a `denoiser`, or any denoiser of (d,) events: an exact or a trained one, or a
+            `MixturePrior` fitted to draws.
+        method: a name of `METHODS`, or settings such as `CDDS.preset("paper")`.
+        target: where the teacher is a denoiser, the density, in its coordinates or a `Whitened` one in which it lives.
+        options: how the student is trained; `whiten` has no effect.
+        overrides: single fields of `options`, such as `train_steps=500`.
+
+    Raises:
+        ValueError: an unknown method, or a denoiser without a target.
+        TypeError: a teacher without a denoiser; fit a mixture to its draws.
+    """
+    options = replace(options, **overrides)
+    if isinstance(method, str) and method not in METHODS:
+        raise ValueError(f"unknown method {method!r}; choose one of {', '.join(METHODS)}")
+    student = METHODS[method]() if isinstance(method, str) else method
+    denoiser, whitened = _unpacked(teacher, target)
+    with tempfile.TemporaryDirectory() if options.out is None else nullcontext(str(options.out)) as folder:
+        model = seeded(lambda: student.model(denoiser, whitened), options.seed)
+        data = student.data(denoiser, options.batch, options.seed)
+        first = _trainer(student, model, student.objective, data, Path(folder), options)
+        sampler = student.sampler(whitened, first.run().to("cpu"))
+        loss = student.polished(sampler) if first.finished else None
+        if loss is None:
+            return sampler
+        model, data = copy.deepcopy(first.ema).requires_grad_(True), InTurn(data, len(loss.counts))
+        shorter = replace(options, train_steps=student.polish, lr=options.lr / 2, ema=0.98)
+        second = _trainer(student, model, loss, data, Path(folder) / "polish", shorter)
+        polished = student.sampler(whitened, second.run().to("cpu"))
+        return max((sampler, polished), key=lambda s: s.sample(4096, 1, seed=options.seed).ess)
+
+
+def _trainer(
+    student: CDDS, model: nn.Module, objective: Objective, data: Batches, out: Path, options: FitOptions
+) -> Trainer:
+    describe = {"student": asdict(student), "objective": type(objective).__name__, "batch": options.batch}
+    training = options.training()
+    return Trainer(model, objective, data, out, training, describe=describe, cpu=options.cpu, streams=in_blocks)
+
+
+def _unpacked(teacher: DensitySampler | Denoiser, target: TargetDensity | None) -> tuple[Denoiser, Whitened]:
+    """Return the denoiser of a teacher and the density in the denoiser's coordinates."""
+    if isinstance(teacher, Denoiser):
+        if target is None:
+            raise ValueError("a denoiser alone does not say what it samples: give its target too")
+        return ready(teacher), target if isinstance(target, Whitened) else Whitened(target)
+    denoiser = getattr(teacher, "denoiser", None)
+    if not isinstance(denoiser, Denoiser):
+        raise TypeError(f"{type(teacher).__name__} has no denoiser; fit a MixturePrior to its draws and distil that")
+    return ready(denoiser), cast(Whitened, teacher.whitened)

@@ -1,0 +1,116 @@
+r"""What log-weights log w_n say, (N,): the effective sample size, log Z with an interval, and expectations under the target.
+
+With x_n drawn from some law and E[w f(x)] = Z E_target[f]: Z-hat = mean w, and sum w f / sum w estimates E_target[f] with
+a bias of order 1 / N. All in float64. Rows may hang together in groups of equal size, as the particles of one run do; errors are
+those of independent groups.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from scipy.stats import t
+from torch import Tensor
+
+from fewstep.densities.estimators.psis import limit, pareto_k
+
+
+def log_mean(log_weights: Tensor) -> float:
+    """Return log mean w, the estimate of log Z; its expectation is below log Z (Jensen), that of its exponential is Z."""
+    return float(log_weights.double().logsumexp(0)) - math.log(len(log_weights))
+
+
+def ess(log_weights: Tensor) -> float:
+    """Return (sum w)^2 / (N sum w^2), the effective sample size as a fraction of N; 0 where every weight is 0."""
+    log_w = log_weights.double()
+    if not math.isfinite(float(log_w.max())):
+        return 0.0
+    return float((2 * log_w.logsumexp(0) - (2 * log_w).logsumexp(0)).exp()) / len(log_w)
+
+
+def log_z_error(log_weights: Tensor, group: int = 1) -> float:
+    """Return the standard error of log mean w, that of mean w relative to itself; NaN for a single group."""
+    totals = _group_means(log_weights, group)
+    return float((totals / totals.mean()).std()) / math.sqrt(len(totals))
+
+
+def log_z_interval(log_weights: Tensor, level: float = 0.95, group: int = 1) -> tuple[float, float]:
+    """Return an interval that holds log Z with probability `level`.
+
+    With s the relative standard error of mean w and q the Student quantile of the number of groups, log Z-hat -+ q s plus the
+    skewness term of Johnson (1978, J. Amer. Statist. Assoc. 73): mean w has a long tail to the right, so it is more often
+    too small than too large. Where k-hat says that the variance may be infinite, no upper end can be had, and the
+    lower one is Markov's: P(Z-hat >= Z / a) <= a.
+
+    Raises:
+        ValueError: `level` outside (0, 1), or fewer than two groups.
+    """
+    if not 0 < level < 1:
+        raise ValueError(f"level must lie in (0, 1), got {level}")
+    centre, tail = log_mean(log_weights), (1 - level) / 2
+    totals = _group_means(log_weights, group)
+    count = len(totals)
+    if count < 2:
+        raise ValueError("an interval needs at least two independent groups of draws")
+    if not math.isfinite(centre) or (group == 1 and pareto_k(log_weights) > limit(count)):
+        return centre + math.log(2 * tail), math.inf
+    ratio = totals / totals.mean()
+    error = float(ratio.std()) / math.sqrt(count)
+    third = float((ratio - 1).pow(3).mean())
+    shift = 0.0 if error == 0 else third / (6 * count * error**2 * count)
+    reach = float(t.ppf(1 - tail, count - 1)) * error
+    low, high = 1 + shift - reach, 1 + shift + reach
+    return centre + (math.log(low) if low > 2 * tail else math.log(2 * tail)), centre + math.log(high)
+
+
+def expectation(values: Tensor, log_weights: Tensor | None = None, group: int = 1) -> tuple[Tensor, Tensor]:
+    """Return sum w f / sum w and its standard error, each of the shape of one row of `values`, (N, ...).
+
+    Without weights the plain mean. The error is that of a ratio (delta method), NaN for a single group.
+    """
+    values = values.double()
+    share = torch.full((len(values),), 1 / len(values), dtype=torch.float64, device=values.device)
+    if log_weights is not None:
+        share = log_weights.double().softmax(0)
+    share = share.reshape(-1, *[1] * (values.ndim - 1))
+    # a weight of zero silences whatever f says there, NaN included
+    mean = torch.where(share > 0, share * values, 0.0).sum(0)
+    parts = torch.where(share > 0, share * (values - mean), 0.0)
+    totals = parts.reshape(-1, group, *values.shape[1:]).sum(1)
+    count = len(totals)
+    factor = math.sqrt(count / (count - 1)) if count > 1 else math.nan
+    return mean, factor * totals.square().sum(0).sqrt()
+
+
+def comb(log_weights: Tensor, offsets: Tensor, n: int | None = None) -> Tensor:
+    """Return n indices per row of log-weights, (R, N) -> (R, n), in proportion to the weights: systematic resampling.
+
+    Args:
+        log_weights: (R, N), not all -inf in a row.
+        offsets: uniforms in [0, 1), (R,), one per comb.
+        n: teeth, N where absent.
+    """
+    n = n or log_weights.shape[1]
+    edges = log_weights.double().softmax(1).cumsum(1)
+    teeth = torch.arange(n, dtype=torch.float64, device=edges.device) + offsets.double()[:, None]
+    # the last edge is the total, up to rounding: no tooth may lie beyond it, on a weight of zero
+    return torch.searchsorted(edges, teeth / n * edges[:, -1:], right=True).clamp_max(log_weights.shape[1] - 1)
+
+
+def bound(log_weights: Tensor, group: int = 1) -> tuple[float, float]:
+    """Return mean log w and its standard error.
+
+    Under the sampler's own law it is the ELBO, below log Z in expectation; with weights of paths or latents drawn
+    backwards from exact samples of the target it is the EUBO, above log Z.
+    """
+    value, error = expectation(log_weights, None, group)
+    return float(value), float(error)
+
+
+def _group_means(log_weights: Tensor, group: int) -> Tensor:
+    """Return the mean weight of each group over an arbitrary common factor, (N / group,)."""
+    if group < 1 or len(log_weights) % group:
+        raise ValueError(f"{len(log_weights)} rows do not fill groups of {group}")
+    log_w = log_weights.double()
+    return (log_w - log_w.max()).exp().reshape(-1, group).mean(1)

@@ -1,0 +1,122 @@
+"""One call from a log-density to a sampler of it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fewstep.core.density import TargetDensity
+from fewstep.core.registry import get
+from fewstep.densities.base import DensitySampler
+from fewstep.densities.batches import Unlimited, in_blocks
+from fewstep.densities.teachers._base import Teacher
+from fewstep.densities.user import as_target
+from fewstep.densities.whitened import Whitened, whiten
+from fewstep.training import Trainer, TrainingOptions
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """How a sampler is trained.
+
+    Attributes:
+        train_steps: optimiser steps.
+        batch: paths per step.
+        lr: peak learning rate; it falls to a hundredth of it along a cosine.
+        ema: decay of the averaged weights, which are those that are returned.
+        seed: of the initial weights and of all paths.
+        whiten: whether coordinates are found in which N(0, I) is a fair guess; otherwise the target's own are used.
+        out: folder of checkpoints and of the log; a run that was stopped there is resumed. None keeps nothing.
+        cpu: stay on the CPU even where an accelerator is present.
+        checkpoint_every: steps between checkpoints.
+    """
+
+    train_steps: int = 2000
+    batch: int = 256
+    lr: float = 2e-3
+    ema: float = 0.99
+    seed: int = 0
+    whiten: bool = True
+    out: str | Path | None = None
+    cpu: bool = True
+    checkpoint_every: int = 500
+
+    def training(self) -> TrainingOptions:
+        """Return the options of the trainer."""
+        return TrainingOptions(
+            steps=self.train_steps,
+            lr=self.lr,
+            warmup=min(50, self.train_steps // 10),
+            lr_final=0.01,
+            weight_decay=0.0,
+            ema=self.ema,
+            precision="no",
+            seed=self.seed,
+            validate_every=self.train_steps,
+            checkpoint_every=self.checkpoint_every if self.out is not None else self.train_steps,
+        )
+
+
+def fit(
+    log_prob: TargetDensity | Callable[[Tensor], Tensor],
+    dim: int | None = None,
+    *,
+    sampler: str | Teacher = "dis",
+    loss: str | None = None,
+    options: FitOptions = FitOptions(),
+    **overrides: Any,
+) -> DensitySampler:
+    """Train a sampler of an unnormalised density.
+
+    Args:
+        log_prob: a target, or any torch callable, (N, d) -> (N,) or (d,) -> (), see `densities.user.as_target`.
+        dim: d; needed for a callable.
+        sampler: a name of `fewstep.available("teachers")`, or a teacher with settings of its own.
+        loss: a name of `fewstep.available("losses")`; the teacher's own where it is None.
+        options: how it is trained.
+        overrides: single fields of `options`, such as `train_steps=500`.
+
+    Raises:
+        ValueError: an unknown name, or a checkpoint in `out` that belongs to another run.
+        TypeError: `overrides` names no field of the options.
+        FloatingPointError: the target is not finite where the paths lead.
+    """
+    options = replace(options, **overrides)
+    target = as_target(log_prob, dim)
+    teacher = get(sampler, "teachers")() if isinstance(sampler, str) else sampler
+    teacher.objective(Whitened(target), loss or teacher.default_loss)  # a wrong name fails before any work
+    whitened = whiten(target, seed=options.seed) if options.whiten else Whitened(target)
+    teacher, whitened = teacher.prepared(whitened, options.seed)
+    return train(whitened, teacher, loss, options)
+
+
+def train(whitened: Whitened, teacher: Teacher, loss: str | None, options: FitOptions) -> DensitySampler:
+    """Train `teacher` on a density in whitened coordinates; see `fit`."""
+    loss = loss or teacher.default_loss
+    describe = {
+        "teacher": teacher.describe(),
+        "loss": loss,
+        "batch": options.batch,
+        "seed": options.seed,
+        "lr": options.lr,
+        "shift": whitened.shift.tolist(),
+        "scale": whitened.scale.tolist(),
+    }
+    with tempfile.TemporaryDirectory() if options.out is None else nullcontext(str(options.out)) as folder:
+        trainer = Trainer(
+            teacher.model(whitened, options.seed),
+            teacher.objective(whitened, loss),
+            Unlimited(options.batch),
+            Path(folder),
+            options.training(),
+            describe=describe,
+            cpu=options.cpu,
+            streams=in_blocks,
+        )
+        return teacher.sampler(whitened, trainer.run().to("cpu"))

@@ -1,0 +1,86 @@
+"""Draws on disk: safetensors or npz, which keep all that is known of them, or a plain table for other programs."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from fewstep.core.files import write_bytes
+from fewstep.densities.draws import Draws
+
+SUFFIXES = (".safetensors", ".npz", ".csv")
+_FACTS = "facts"  # under this name the numbers that are no arrays, as JSON
+_ARRAYS = ("x", "log_weights")
+
+
+def check_suffix(path: Path) -> None:
+    """Raise ValueError where draws cannot be written to a file of this name."""
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"{path}: draws are written to files that end in {', '.join(SUFFIXES)}")
+
+
+def write_draws(path: Path, draws: Draws) -> None:
+    """Write `draws`, atomically: arrays x and log_weights and their facts, or in a .csv columns x_1, ..., x_d, log_weight.
+
+    Raises:
+        ValueError: a file of another kind.
+    """
+    check_suffix(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    arrays = {"x": draws.x.detach().cpu().contiguous()}
+    if draws.log_weights is not None:
+        arrays["log_weights"] = draws.log_weights.detach().cpu().contiguous()
+    facts = json.dumps({f.name: getattr(draws, f.name) for f in dataclasses.fields(draws) if f.name not in _ARRAYS})
+    if path.suffix == ".safetensors":
+        write_bytes(path, save(arrays, {_FACTS: facts}))
+        return
+    buffer = io.BytesIO()
+    if path.suffix == ".npz":
+        plain: dict[str, Any] = {_FACTS: np.array(facts), **{name: value.numpy() for name, value in arrays.items()}}
+        np.savez(buffer, **plain)
+    else:
+        head = [f"x_{i + 1}" for i in range(draws.x.shape[1])] + ["log_weight"] * (len(arrays) - 1)
+        columns = [arrays["x"].double(), *(v[:, None] for v in list(arrays.values())[1:])]
+        np.savetxt(buffer, torch.cat(columns, 1).numpy(), "%.9g", ",", header=",".join(head), comments="")
+    write_bytes(path, buffer.getvalue())
+
+
+def read_draws(path: Path) -> Draws:
+    """Return what `write_draws` wrote as .safetensors or .npz, or the array x, (N, d), of any such file, without weights.
+
+    Raises:
+        ValueError: the file is missing or damaged, is none of these, or holds weights of an unknown kind.
+    """
+    readers = {".safetensors": _safetensors, ".npz": _npz}
+    if path.suffix not in readers:
+        raise ValueError(f"{path}: draws are read from files that end in {' or '.join(readers)}")
+    try:
+        arrays, facts = readers[path.suffix](path)
+        known = {f.name for f in dataclasses.fields(Draws)} - set(_ARRAYS)
+        given = {name: value for name, value in json.loads(facts).items() if name in known}
+        return Draws(arrays["x"], arrays.get("log_weights"), **given)
+    except KeyError:
+        raise ValueError(f"{path} holds no array x") from None
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        raise ValueError(f"{path} cannot be read as draws ({error})") from None
+
+
+def _safetensors(path: Path) -> tuple[dict[str, Tensor], str]:
+    with safe_open(path, framework="pt") as file:
+        facts = (file.metadata() or {}).get(_FACTS, "{}")
+        return {name: file.get_tensor(name) for name in file.keys()}, facts
+
+
+def _npz(path: Path) -> tuple[dict[str, Tensor], str]:
+    with np.load(path, allow_pickle=False) as file:
+        facts = str(file[_FACTS]) if _FACTS in file else "{}"
+        return {name: torch.from_numpy(file[name]) for name in _ARRAYS if name in file}, facts

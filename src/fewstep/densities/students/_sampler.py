@@ -1,0 +1,137 @@
+r"""Sampling with a flow map, and weights that are exact for what is sampled.
+
+*Jumping*: y = G_K o ... o G_1(z) along falling times is one deterministic map, so that
+
+    log w = log rho(y) + sum_k log|det DG_k| - log N(z; 0, I).
+
+*Renoising* (the consistency sampler of Song et al. 2023, arXiv:2303.01469): f(y, t) = G(y, t, 0), then noise to a smaller t,
+then f again. The last f maps y_K to y; the levels before it are weighted with the noising process run the other way,
+
+    log w = log rho(y) + log|det Df(y_K)| - log N(y_1; 0, I) + sum_k [log q(y_k | y_{k+1}) - log N(y_{k+1}; alpha f(y_k), sigma^2)],
+
+a ratio of two normalised laws of (y_1, ..., y_K). Its spread grows with the number of steps; that of jumps falls.
+
+Both are unbiased where the (last) map is injective. A negative determinant proves a fold, through which the same y is counted
+more than once: such draws get the weight NaN, which `Draws.nonfinite` counts.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any, Self
+
+from torch import Tensor
+
+from fewstep.core.density import TargetDensity
+from fewstep.core.grid import times_of
+from fewstep.core.noise import Noise
+from fewstep.core.schedule import VariancePreserving
+from fewstep.densities.base import Cost, DensitySampler, Drawn
+from fewstep.densities.estimators.jacobian import determinant
+from fewstep.densities.students._maps import MAPS, FlowMap, MapConfig, described
+from fewstep.densities.whitened import Whitened
+
+
+@dataclass(frozen=True, eq=False)
+class MapSampler(DensitySampler):
+    """Samples of a density by a flow map in any number of steps.
+
+    Attributes:
+        whitened: the density in the coordinates of the map.
+        flow_map: the trained map.
+        steps: where none are asked for.
+        grid: the times of several steps, see `core.grid.times_of`.
+        renoise: whether several steps are jumps along the flow or samples that are noised again.
+    """
+
+    whitened: Whitened
+    flow_map: FlowMap
+    steps: int = 1
+    grid: str | tuple[float, ...] = "angle"
+    renoise: bool = False
+    kind = "unbiased"
+
+    def __post_init__(self) -> None:
+        if not (self.renoise or self.flow_map.jumps):
+            raise ValueError(f"{type(self.flow_map).__name__} cannot jump between times: set renoise=True")
+
+    @property
+    def target(self) -> TargetDensity:  # type: ignore[override]
+        """See `DensitySampler`."""
+        return self.whitened.target
+
+    def times(self, steps: int) -> Tensor:
+        """Return the `steps` + 1 falling times of a sample, float32."""
+        return times_of(self.grid, self.flow_map.schedule, steps).float()
+
+    def draw(self, noise: Noise, steps: int, weights: bool) -> Drawn:
+        """See `DensitySampler`."""
+        z, times = noise.randn(self.flow_map.dim), self.times(steps).to(noise.device)
+        walk = renoised if self.renoise else jumped
+        y, log_w = walk(self.flow_map, z, times, noise, weights)
+        if weights:
+            log_w = log_w + self.whitened.log_prob(y).double()
+        return Drawn(y, log_w if weights else None, Cost(steps, int(weights), steps * self.flow_map.guided))
+
+    def config(self) -> dict[str, Any]:
+        """See `DensitySampler`."""
+        own = {"steps": self.steps, "grid": self.grid, "renoise": self.renoise}
+        return {**own, **described(self.flow_map), "schedule": asdict(self.flow_map.schedule)}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """See `DensitySampler`."""
+        return dict(self.flow_map.state_dict())
+
+    @classmethod
+    def restore(cls, whitened: Whitened, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
+        """See `DensitySampler`."""
+        schedule, size = VariancePreserving(**config["schedule"]), MapConfig(**config["size"])
+        flow_map = MAPS[config["map"]](schedule, whitened, size)
+        flow_map.load_state_dict(dict(tensors), strict=True)
+        grid = config["grid"] if isinstance(config["grid"], str) else tuple(config["grid"])
+        return cls(whitened, flow_map.eval(), config["steps"], grid, config["renoise"])
+
+
+def jumped(flow_map: FlowMap, z: Tensor, times: Tensor, noise: Noise, weights: bool) -> tuple[Tensor, Tensor]:
+    """Return y, (N, d), by jumps along `times`, and log w - log rho(y), (N,) float64, if `weights`, otherwise zeros."""
+    log_w, y = -_standard(z) if weights else z.new_zeros(len(z)).double(), z
+    for t, s in itertools.pairwise(times):
+        y, log_w = _pushed(flow_map, y, t, s, log_w, weights)
+    return y, log_w
+
+
+def renoised(flow_map: FlowMap, z: Tensor, times: Tensor, noise: Noise, weights: bool) -> tuple[Tensor, Tensor]:
+    """Return y, (N, d), by samples that are noised again to `times`, and log w - log rho(y) as `jumped` does."""
+    schedule, zero = flow_map.schedule, times.new_zeros(())
+    log_w, y = -_standard(z) if weights else z.new_zeros(len(z)).double(), z
+    for t, s in itertools.pairwise(times[:-1]):
+        (alpha_t, _), (alpha, sigma) = schedule(t), schedule(s)
+        e = noise.randn_like(y)
+        lower = alpha * flow_map(y, t, zero) + sigma * e
+        share = alpha_t / alpha  # the noising process from s to t multiplies by this
+        variance = 1 - share**2
+        back = _standard((y - share * lower) / variance.sqrt()) - y.shape[1] * variance.double().sqrt().log()
+        log_w = log_w + back - (_standard(e) - y.shape[1] * sigma.double().log())
+        y = lower
+    return _pushed(flow_map, y, times[-2], zero, log_w, weights)
+
+
+def _pushed(flow_map: FlowMap, y: Tensor, t: Tensor, s: Tensor, log_w: Tensor, weights: bool) -> tuple[Tensor, Tensor]:
+    """Return G(y, t, s) and `log_w` with the log-determinant added; NaN where the map has turned over."""
+    if not weights:
+        return flow_map(y, t, s), log_w
+    found = determinant(partial(_call, flow_map, t, s), y)
+    return found.y, log_w + found.log_abs.masked_fill(found.sign <= 0, math.nan)
+
+
+def _call(flow_map: FlowMap, t: Tensor, s: Tensor, y: Tensor) -> Tensor:
+    return flow_map(y, t, s)
+
+
+def _standard(z: Tensor) -> Tensor:
+    """Return log N(z; 0, I), (N,) float64."""
+    return -(z.double().square().sum(1) + z.shape[1] * math.log(2 * math.pi)) / 2

@@ -1,0 +1,59 @@
+r"""Boxes: a smooth map from R^d onto a support, coordinate by coordinate.
+
+Bounded on both sides: x = low + (high - low) Phi(u), so that a uniform law becomes exactly N(0, 1). Bounded on one side:
+x = low + softplus(u), which keeps exponential and heavier tails as they are.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+Support = tuple[Tensor | float, Tensor | float]
+
+
+def to_box(u: Tensor, support: Support) -> Tensor:
+    """Map R^d onto the box, (N, d) -> (N, d), strictly inside it in the arithmetic of `u`."""
+    low, high, both, above, below = _sides(u, support)
+    width = torch.where(both, high - low, 1.0)
+    x = torch.where(both, torch.where(both, low, 0.0) + width * torch.special.ndtr(u), u)
+    x = torch.where(above, torch.where(above, low, 0.0) + torch.nn.functional.softplus(u), x)
+    x = torch.where(below, torch.where(below, high, 0.0) - torch.nn.functional.softplus(-u), x)
+    margin = 1e-30 * width  # at zero, the next number would have no finite inverse
+    floor, roof = torch.nextafter(low, high), torch.nextafter(high, low)
+    return torch.minimum(torch.maximum(x, torch.maximum(floor, low + margin)), torch.minimum(roof, high - margin))
+
+
+def from_box(x: Tensor, support: Support) -> Tensor:
+    """Return what `to_box` maps to `x`, (N, d) -> (N, d)."""
+    low, high, both, above, below = _sides(x, support)
+    u = torch.where(both, torch.special.ndtri(torch.where(both, (x - low) / (high - low), 0.5)), x)
+    u = torch.where(above, _inverse_softplus(torch.where(above, x - low, 1.0)), u)
+    return torch.where(below, -_inverse_softplus(torch.where(below, high - x, 1.0)), u)
+
+
+def box_slopes(u: Tensor, support: Support) -> tuple[Tensor, Tensor]:
+    """Return log dx/du of `to_box` and its derivative in u, (N, d) each."""
+    low, high, both, above, below = _sides(u, support)
+    zero = torch.zeros_like(u)
+    log = torch.where(
+        both, torch.where(both, high - low, 1.0).log() - u.square() / 2 - 0.5 * math.log(2 * math.pi), zero
+    )
+    log = torch.where(above, torch.nn.functional.logsigmoid(u), log)
+    log = torch.where(below, torch.nn.functional.logsigmoid(-u), log)
+    curvature = torch.where(both, -u, zero)
+    curvature = torch.where(above, torch.sigmoid(-u), curvature)
+    return log, torch.where(below, -torch.sigmoid(u), curvature)
+
+
+def _sides(x: Tensor, support: Support) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return low and high, (d,), and which coordinates are bounded on both sides, from below only, from above only."""
+    low, high = (torch.as_tensor(side, dtype=x.dtype, device=x.device).expand(x.shape[-1]) for side in support)
+    floor, roof = torch.isfinite(low), torch.isfinite(high)
+    return low, high, floor & roof, floor & ~roof, ~floor & roof
+
+
+def _inverse_softplus(x: Tensor) -> Tensor:
+    return x + torch.log(-torch.expm1(-x))

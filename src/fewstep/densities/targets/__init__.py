@@ -1,0 +1,66 @@
+"""Targets with certified facts: the folder is the list, a file that defines one `TargetDensity` is a target of that name.
+
+Files whose name starts with an underscore hold what several targets share.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import inspect
+import pkgutil
+from typing import Any
+
+from fewstep.core.density import TargetDensity
+
+
+def available_targets() -> list[str]:
+    """Return the names of all targets."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
+
+
+def target(name: str, **fields: Any) -> TargetDensity:
+    """Return the target called `name`, with its fields as given, such as `target("funnel", dim=10)`.
+
+    Raises:
+        ValueError: there is none (the nearest names are suggested), or it has no field of that name.
+    """
+    kind = target_class(name)
+    known = [f.name for f in dataclasses.fields(kind) if f.init]  # type: ignore[arg-type]
+    for field in fields:
+        if field not in known:
+            raise ValueError(f"{name} has no field {field!r}; {_nearest(field, known)}")
+    missing = [f.name for f in dataclasses.fields(kind) if _required(f) and f.name not in fields]  # type: ignore[arg-type]
+    if missing:
+        raise ValueError(f"{name} needs {', '.join(missing)}: {(inspect.getdoc(kind) or '').splitlines()[0]}")
+    return kind(**fields)
+
+
+def target_class(name: str) -> type[TargetDensity]:
+    """Return the class of the target called `name`.
+
+    Raises:
+        ValueError: there is none; the nearest names are suggested.
+    """
+    module_name = name.replace("-", "_")
+    if module_name not in (names := available_targets()):
+        raise ValueError(f"unknown target {name!r}; {_nearest(module_name, names)}")
+    module = importlib.import_module(f"{__name__}.{module_name}")
+    found = [
+        value
+        for value in vars(module).values()
+        if inspect.isclass(value) and issubclass(value, TargetDensity) and value.__module__ == module.__name__
+    ]
+    if len(found) != 1:
+        raise TypeError(f"{module.__name__} must define exactly one target, it defines {len(found)}")
+    return found[0]
+
+
+def _required(field: dataclasses.Field[Any]) -> bool:
+    return field.init and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _nearest(name: str, names: list[str]) -> str:
+    near = difflib.get_close_matches(name, names, 3, 0.4)
+    return f"did you mean {' or '.join(near)}?" if near else f"choose one of {', '.join(names)}"

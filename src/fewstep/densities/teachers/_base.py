@@ -1,0 +1,186 @@
+"""Teachers: what is trained, on which loss, and the sampler that comes out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, ClassVar, Self, final
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.core.grid import GRIDS, Grid, times_of
+from fewstep.core.noise import Noise
+from fewstep.core.objective import Objective
+from fewstep.core.reference import Reference
+from fewstep.core.registry import get
+from fewstep.core.schedule import Schedule, VariancePreserving
+from fewstep.densities.base import Cost, DensitySampler, Drawn
+from fewstep.densities.networks import Control, ControlNet, NetConfig
+from fewstep.densities.paths import DISCRETISATIONS, Kernels, even_variance, falling_cosine, simulate
+from fewstep.densities.whitened import Whitened
+from fewstep.priors.unet import build_schedule
+
+OWN_GRIDS: dict[str, Grid] = {"variance": even_variance, "cosine": falling_cosine}
+
+
+@dataclass(frozen=True)
+class Teacher(ABC):
+    """How a sampler of a density is set up and trained; final subclasses are frozen dataclasses, one file each.
+
+    Attributes:
+        reference: the publication.
+        default_loss: the loss that is used unless another is named.
+    """
+
+    reference: ClassVar[Reference]
+    default_loss: ClassVar[str] = "log_variance"
+
+    def prepared(self, whitened: Whitened, seed: int) -> tuple[Teacher, Whitened]:
+        """Return the teacher with what it needs to know of a density before it is trained, and the coordinates to train in."""
+        return self, whitened
+
+    @abstractmethod
+    def model(self, whitened: Whitened, seed: int) -> nn.Module:
+        """Return what is trained, with its initial weights drawn from `seed`; may evaluate the target."""
+
+    @abstractmethod
+    def objective(self, whitened: Whitened, loss: str) -> Objective:
+        """Return the loss called `loss`; ValueError where the method has none of that name."""
+
+    @abstractmethod
+    def sampler(self, whitened: Whitened, model: nn.Module) -> DensitySampler:
+        """Return the sampler with the weights of a trained `model`."""
+
+    @final
+    def describe(self) -> dict[str, Any]:
+        """Return the settings as JSON takes them; fields that do not compare are data and left out."""
+        data = [f.name for f in fields(self) if not f.compare]
+        described = {"name": type(self).__module__.rpartition(".")[2], **asdict(replace(self, **dict.fromkeys(data)))}
+        if "schedule" in described:
+            described["schedule"]["name"] = type(vars(self)["schedule"]).__name__
+        return {name: value for name, value in described.items() if name not in data}
+
+
+def build_teacher(described: Mapping[str, Any]) -> Teacher:
+    """Return the teacher that `Teacher.describe` described."""
+    settings = {key: _frozen(value) for key, value in described.items()}
+    kind = get(settings.pop("name"), "teachers")
+    if "schedule" in settings:
+        settings["schedule"] = build_schedule(settings["schedule"])
+    if "net" in settings:
+        settings["net"] = NetConfig(**settings["net"])
+    return kind(**settings)
+
+
+def _frozen(value: Any) -> Any:
+    """Return lists as tuples, as frozen fields have them."""
+    return tuple(_frozen(v) for v in value) if isinstance(value, list | tuple) else value
+
+
+@dataclass(frozen=True)
+class PathTeacher(Teacher):
+    """A teacher whose samples are paths from noise to the target, with `ControlNet` as the control.
+
+    Attributes:
+        schedule: the noising process, which must preserve variance.
+        steps: of a path, in training and unless said otherwise in sampling.
+        grid: their times: "variance", "cosine", a name of `core.grid.GRIDS`, or the times themselves.
+        discretisation: "exponential" or "euler", see `densities.paths`.
+        net: the network.
+    """
+
+    schedule: Schedule = field(default_factory=VariancePreserving)
+    steps: int = 32
+    grid: str | tuple[float, ...] = "variance"
+    discretisation: str = "exponential"
+    net: NetConfig = field(default_factory=NetConfig)
+
+    def __post_init__(self) -> None:
+        if self.discretisation not in DISCRETISATIONS:
+            raise ValueError(f"discretisation must be one of {', '.join(DISCRETISATIONS)}, not {self.discretisation!r}")
+        if isinstance(self.grid, str) and self.grid not in {**OWN_GRIDS, **GRIDS}:
+            raise ValueError(f"grid must be one of {', '.join({**OWN_GRIDS, **GRIDS})}, not {self.grid!r}")
+        self.kernels(self.steps)
+
+    @final
+    def kernels(self, steps: int) -> Kernels:
+        """Return the kernels of a path of so many steps."""
+        own = OWN_GRIDS.get(self.grid) if isinstance(self.grid, str) else None
+        times = own(self.schedule, steps) if own else times_of(self.grid, self.schedule, steps)
+        return DISCRETISATIONS[self.discretisation](self.schedule, times)
+
+    def control(self, whitened: Whitened) -> ControlNet:
+        """Return an untrained network."""
+        return ControlNet(self.schedule, whitened, self.net)
+
+    def model(self, whitened: Whitened, seed: int) -> nn.Module:
+        """See `Teacher`."""
+        return seeded(lambda: self.control(whitened), seed)
+
+    def objective(self, whitened: Whitened, loss: str) -> Objective:
+        """See `Teacher`; any loss on path weights."""
+        return get(loss, "losses")(whitened, self.kernels(self.steps))
+
+    def sampler(self, whitened: Whitened, model: nn.Module) -> DensitySampler:
+        """See `Teacher`."""
+        control = self.control(whitened)
+        control.load_state_dict(model.state_dict(), strict=True)
+        return PathSampler(whitened, control.eval().requires_grad_(False), self, self.steps)
+
+
+@dataclass(frozen=True, eq=False)
+class PathSampler(DensitySampler):
+    """Samples by simulating the paths of a control; the weights are unbiased at any number of steps.
+
+    Attributes:
+        whitened: the density in the coordinates of the control.
+        denoiser: the control, which is E[y_0 | y_t] as far as it is trained.
+        teacher: whose kernels are used.
+        steps: where none are asked for.
+    """
+
+    whitened: Whitened
+    denoiser: Control
+    teacher: PathTeacher
+    steps: int
+    kind = "unbiased"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "target", self.whitened.target)
+
+    def draw(self, noise: Noise, steps: int, weights: bool) -> Drawn:
+        """See `DensitySampler`."""
+        paths = simulate(self.denoiser, self.teacher.kernels(steps), noise)
+        guided = self.denoiser.guide(paths.y[:1]) is not None
+        log_w = paths.log_weights(self.whitened) if weights else None
+        return Drawn(paths.y, log_w, Cost(steps, int(weights), steps if guided else 0))
+
+    def config(self) -> dict[str, Any]:
+        """See `DensitySampler`."""
+        return {"teacher": self.teacher.describe(), "steps": self.steps}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """See `DensitySampler`."""
+        return dict(self.denoiser.state_dict())
+
+    @classmethod
+    def restore(cls, whitened: Whitened, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
+        """See `DensitySampler`."""
+        teacher = build_teacher(config["teacher"])
+        if not isinstance(teacher, PathTeacher):
+            raise ValueError(f"{config['teacher']['name']!r} has no paths")
+        control = teacher.control(whitened)
+        try:
+            control.load_state_dict(dict(tensors), strict=True)
+        except RuntimeError as error:
+            raise ValueError(f"the weights do not fit the network: {' '.join(str(error).split())[:300]}") from None
+        return cls(whitened, control.eval().requires_grad_(False), teacher, config["steps"])
+
+
+def seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """Return what `build` returns with the global generator at `seed`, and leave that where it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build()

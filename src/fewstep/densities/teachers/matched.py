@@ -1,0 +1,159 @@
+r"""A control matched to draws of Monte Carlo, by maximum likelihood of its paths.
+
+Draws x_0 of replica exchange, or anyone's, are noised to y = alpha x_0 + sigma z. Both
+
+    A = x_0 - alpha z / sigma    and    B = guide(x_0) = x_0 + grad log rho(x_0)
+
+have the mean G(y, t) = E[. | y], the first by Tweedie's formula, the second by the target score identity E[grad log rho(x_0) | y] =
+alpha grad log p_t(y) (De Bortoli et al. 2024, arXiv:2402.08667). A is noisy where t is small and B where it is large. In a mode
+of variance v they err in opposite directions, and c A + (1 - c) B with c = sigma^2 (1 - v) / (alpha^2 v + sigma^2) has no noise at
+all. In general the c of least variance is that of the least second moment, because the mean is the same for all c: one is found
+per time and coordinate before training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.core.noise import Noise, Streams
+from fewstep.core.objective import Objective
+from fewstep.core.reference import Reference
+from fewstep.core.schedule import Schedule
+from fewstep.densities.base import DensitySampler
+from fewstep.densities.mcmc.hamiltonian import Hamiltonian
+from fewstep.densities.mcmc.replica_exchange import ReplicaExchange
+from fewstep.densities.networks import ControlNet
+from fewstep.densities.paths import Kernels
+from fewstep.densities.teachers._base import PathTeacher
+from fewstep.densities.whitened import Whitened
+
+
+class Informed(nn.Module):
+    """A control with the draws that it is matched to: x_0 and their guides, (N, d), and c, (steps, d)."""
+
+    samples: Tensor
+    guides: Tensor
+    shares: Tensor
+
+    def __init__(self, control: ControlNet, samples: Tensor, guides: Tensor, shares: Tensor) -> None:
+        super().__init__()
+        self.control = control
+        for name, value in (("samples", samples), ("guides", guides), ("shares", shares)):
+            self.register_buffer(name, value)
+
+
+@torch.no_grad()
+def shares_of(samples: Tensor, guides: Tensor, schedule: Schedule, times: Tensor, seed: int = 0) -> Tensor:
+    """Return the c of least variance at each of `times`, (K,), per coordinate, between 0 and 1: (K, d)."""
+    z, found = Streams(seed, range(len(samples))).randn_like(samples), []
+    for t in times.to(samples):
+        alpha, sigma = schedule(t)
+        first = samples - alpha / sigma * z
+        gap = first - guides
+        found.append(((gap * -guides).mean(0) / gap.square().mean(0)).clamp(0, 1))
+    return torch.stack(found)
+
+
+@dataclass(frozen=True)
+class Matching(Objective):
+    """-E log P_F along noised draws, one step of a path per item: drift by regression, spread by likelihood.
+
+    Attributes:
+        kernels: the steps of the paths.
+    """
+
+    kernels: Kernels
+
+    def players(self, model: nn.Module) -> dict[str, Iterable[nn.Parameter]]:
+        """See `Objective`."""
+        return {"model": list(cast(Informed, model).control.parameters())}
+
+    def loss(self, player: str, model: nn.Module, batch: Any, noise: Noise) -> tuple[Tensor, dict[str, float]]:
+        """See `Objective`."""
+        informed = cast(Informed, model)
+        control = informed.control
+        u = noise.rand(2)
+        row, k = (u[:, 0] * len(informed.samples)).long(), (u[:, 1] * len(self.kernels)).long()
+        x, t = informed.samples[row], self.kernels.times.to(u)[k]
+        alpha, sigma = (c[:, None] for c in control.schedule(t))
+        z = noise.randn_like(x)
+        y = alpha * x + sigma * z
+        drift, spread = control.moments(y, t, control.guide(y))
+        first = x - alpha / sigma * z
+        share = informed.shares[k]
+        wanted = share * first + (1 - share) * informed.guides[row]
+        _, p, b2, before, after = self.kernels.steps().to(y)[k].T[..., None]
+        rate = (1 + after * (spread - 1)) / (1 + before * (spread - 1))  # of variances, forward to backward
+        residual = p**2 / b2 * (first - drift.detach()).square() + (1 - after) / sigma**2
+        error = p**2 / b2 * (wanted - drift).square() / rate.detach()
+        loss = (error + residual / rate + rate.log()).sum(1) / 2
+        return loss.mean(), {"error": float(error.detach().mean())}
+
+
+@dataclass(frozen=True)
+class Matched(PathTeacher):
+    """A denoiser of draws of replica exchange: no paths are simulated in training. See `PathTeacher`.
+
+    The draws find the modes; the weights of paths say what is wrong with the rest. Training then takes no calls of the target but
+    one guide per item. Coordinates are those of the draws' mean and spread.
+
+    Attributes:
+        draws: how many, a multiple of `chains`.
+        levels: inverse temperatures of replica exchange.
+        chains: ladders side by side.
+        warmup: their steps before draws are kept, one in four.
+        reach: how much smaller steps may be, see `Hamiltonian`.
+        samples: draws of the target in its own coordinates, (N, d), to be used instead; not part of what is saved.
+    """
+
+    reference = Reference(
+        "Target Score Matching",
+        "De Bortoli, Valentin and Hutchinson, Michael and Wirnsberger, Peter and Doucet, Arnaud",
+        2024,
+        "arXiv",
+        "2402.08667",
+    )
+    default_loss = "matching"
+    draws: int = 16_384
+    levels: int = 8
+    chains: int = 64
+    warmup: int = 500
+    reach: float = 300.0
+    samples: Tensor | None = field(default=None, repr=False, compare=False)
+
+    def prepared(self, whitened: Whitened, seed: int) -> tuple[Matched, Whitened]:
+        """See `Teacher`: the draws, and coordinates in which they have mean 0 and deviation 1."""
+        found = self
+        if self.samples is None:
+            kernel = Hamiltonian(8, 0.5, self.reach)
+            exchange = ReplicaExchange(kernel, self.levels, self.chains, self.warmup, thin=4)
+            drawn = exchange.sample(whitened, self.draws, seed=seed, dtype=torch.float32)
+            found = replace(self, samples=drawn.x)
+        return found, whitened.refitted(found._whitened(whitened))
+
+    def model(self, whitened: Whitened, seed: int) -> nn.Module:
+        """See `Teacher`."""
+        control, y = cast(ControlNet, super().model(whitened, seed)), self._whitened(whitened)
+        guides = control.relative_score(y).detach().nan_to_num(0.0, 0.0, 0.0)
+        shares = shares_of(y, guides, self.schedule, self.kernels(self.steps).times[:-1], seed)
+        return Informed(control, y, guides, shares)
+
+    def objective(self, whitened: Whitened, loss: str) -> Objective:
+        """See `Teacher`; there is one loss, "matching"."""
+        if loss != self.default_loss:
+            raise ValueError(f"draws are matched by one loss, {self.default_loss!r}, not {loss!r}")
+        return Matching(self.kernels(self.steps))
+
+    def sampler(self, whitened: Whitened, model: nn.Module) -> DensitySampler:
+        """See `Teacher`."""
+        return super().sampler(whitened, cast(Informed, model).control)
+
+    def _whitened(self, whitened: Whitened) -> Tensor:
+        if self.samples is None:
+            raise ValueError("there are no draws yet: train by `fit`, or give samples")
+        return whitened.to_y(self.samples.float())

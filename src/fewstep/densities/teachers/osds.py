@@ -1,0 +1,122 @@
+r"""OSDS, one-step samplers by self-distillation with volumes (Jutras-Dube et al. 2025, arXiv:2512.05251), the successor of SCDS.
+
+Three changes: sampling minimises the relative entropy through the simulation, the two half steps are those of an averaged copy,
+and one step must change volumes as two half steps do. The paper's weights take the trace of a step for the logarithm of its
+determinant, which is biased at few steps; those of `MapSampler` are exact.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.core.batch import item_dot
+from fewstep.core.grid import uniform
+from fewstep.core.noise import Noise
+from fewstep.core.objective import Objective
+from fewstep.core.reference import Reference
+from fewstep.core.schedule import VariancePreserving
+from fewstep.densities.base import DensitySampler
+from fewstep.densities.paths import Paths, exponential, simulate
+from fewstep.densities.students._maps import FlowMap, GuidedMap, MapConfig
+from fewstep.densities.students._sampler import MapSampler
+from fewstep.densities.students._self import Learner, SelfDistillation, Shortest
+from fewstep.densities.teachers._base import Teacher, seeded
+from fewstep.densities.whitened import Whitened
+
+
+@dataclass(frozen=True)
+class EntropyAndVolume(SelfDistillation):
+    """-E log w through the simulation, then one step against two halves of the averaged copy, points and volumes.
+
+    Attributes:
+        decay: of the copy.
+        weight: of the consistency of points and of volumes, reached after `ramp` steps.
+        ramp: steps over which the weight grows.
+        penalty: of the squared Jacobian of a step.
+    """
+
+    decay: float = 0.999
+    weight: float = 0.25
+    ramp: int = 2500
+    penalty: float = 1e-4
+
+    def sampling(self, control: Shortest, noise: Noise) -> tuple[Tensor, Paths]:
+        """See `SelfDistillation`."""
+        paths = simulate(control, self.kernels, noise, keep=True)
+        return paths.log_weights(self.target), paths
+
+    def value(self, log_w: Tensor) -> Tensor:
+        """See `SelfDistillation`."""
+        return -log_w.mean()
+
+    def consistency(self, learner: Learner, y: Tensor, times: tuple[Tensor, Tensor, Tensor], noise: Noise) -> Tensor:
+        """See `SelfDistillation`; one probe of signs, the same for all three steps."""
+        learner.follow(self.decay)
+        (t, middle, s), probe = times, (noise.rand(y.shape[1])[: len(y)] < 0.5).to(y) * 2 - 1
+        with torch.no_grad():
+            half, first, _ = stretched(learner.target, y, t, middle, probe)
+            wanted, second, _ = stretched(learner.target, half, middle, s, probe)
+        got, trace, action = stretched(learner.map, y, t, s, probe)
+        volume = (trace - first - second).square().mean() / y.shape[1]
+        ramp = min(1.0, float(learner.turn) / self.ramp)
+        return ramp * self.weight * ((got - wanted).square().mean() + volume) + self.penalty * action.square().mean()
+
+
+def stretched(flow_map: FlowMap, y: Tensor, t: Tensor, s: Tensor, probe: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return y_s, (n, d), v'(DG - I)v, (n,), an estimate of log|det DG| for short steps, and (DG - I)v, (n, d)."""
+    moved, tangent = torch.func.jvp(lambda x: flow_map(x, t, s), (y,), (probe,))[:2]
+    action = tangent - probe
+    return moved, item_dot(probe, action), action
+
+
+@dataclass(frozen=True)
+class OSDS(Teacher):
+    """One network for every step size, trained by relative entropy and by agreement with its own average; see `SCDS`.
+
+    Attributes:
+        schedule: the noising process.
+        steps: N, the shortest steps, a power of two; the simulation is differentiated through.
+        net: size of the network.
+        decay: of the averaged copy.
+        ramp: steps over which consistency gains its weight.
+    """
+
+    schedule: VariancePreserving = field(default_factory=lambda: VariancePreserving(0.1, 10.0))
+    steps: int = 32
+    net: MapConfig = field(default_factory=lambda: MapConfig(64, 2, "gelu", 0.0))
+    decay: float = 0.999
+    ramp: int = 2500
+
+    reference = Reference(
+        "One-Step Diffusion Samplers via Self-Distillation and Deterministic Flow",
+        "Jutras-Dube, Pascal and Zhang, Jiaru and Wang, Ziran and Zhang, Ruqi",
+        2025,
+        "AISTATS",
+        "2512.05251",
+    )
+    default_loss = "kl"
+
+    def __post_init__(self) -> None:
+        if self.steps < 2 or self.steps & (self.steps - 1):
+            raise ValueError(f"steps must be a power of two, got {self.steps}")
+
+    def model(self, whitened: Whitened, seed: int) -> nn.Module:
+        """See `Teacher`."""
+        return seeded(lambda: Learner(GuidedMap(self.schedule, whitened, self.net)), seed)
+
+    def objective(self, whitened: Whitened, loss: str) -> Objective:
+        """See `Teacher`; there is one loss, "kl"."""
+        if loss != self.default_loss:
+            raise ValueError(f"OSDS has one loss, {self.default_loss!r}, not {loss!r}")
+        kernels = exponential(self.schedule, uniform(self.schedule, self.steps))
+        return EntropyAndVolume(whitened, kernels, self.decay, ramp=self.ramp)
+
+    def sampler(self, whitened: Whitened, model: nn.Module) -> DensitySampler:
+        """See `Teacher`."""
+        flow_map = GuidedMap(self.schedule, whitened, self.net)
+        flow_map.load_state_dict(cast(Learner, model).map.state_dict(), strict=True)
+        return MapSampler(whitened, flow_map.eval().requires_grad_(False), grid="uniform")

@@ -1,0 +1,225 @@
+"""Any callable as a target: one item or a batch, float32 or float64, with or without a score of its own.
+
+What cannot be right is refused with one line: a gradient that is not one, values that are NaN everywhere, a density without a
+normaliser. What happens later, a NaN among many values, is counted in `tally` and told once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fewstep.core.density import TargetDensity, gradient
+from fewstep.core.noise import Streams
+from fewstep.densities.properness import check_proper
+from fewstep.densities.support import Support, to_box
+
+Function = Callable[[Tensor], Tensor]
+
+
+class NonFinite(UserWarning):
+    """A log-density or score was NaN or +inf where it was asked for."""
+
+
+@dataclass
+class Tally:
+    """What a user's function was asked and what it gave that is no number.
+
+    values, gradients: points at which it was evaluated.
+    nonfinite_values: NaN or +inf among the values; taken as -inf, no mass.
+    nonfinite_gradients: rows with NaN or inf among the gradients; taken as zero.
+    outside: values that were -inf.
+    """
+
+    values: int = 0
+    gradients: int = 0
+    nonfinite_values: int = 0
+    nonfinite_gradients: int = 0
+    outside: int = 0
+
+    def note(self, **counts: Tensor | int) -> None:
+        """Add to the counts, and warn the first time that a number is not finite."""
+        try:
+            numbers = {name: int(count) for name, count in counts.items()}
+        except RuntimeError:  # inside torch.func.vmap nothing can be counted
+            return
+        for name, count in numbers.items():
+            if count and name.startswith("nonfinite") and not getattr(self, name):
+                what = name.removeprefix("nonfinite_")
+                text = f"{count} {what} of log_prob are NaN or +inf; they count as no mass and are tallied"
+                warnings.warn(text, NonFinite, stacklevel=3)
+            setattr(self, name, getattr(self, name) + count)
+
+
+@dataclass(frozen=True, eq=False)
+class UserDensity(TargetDensity):
+    """A callable as a target; made by `as_target`, which finds out how it wants to be called.
+
+    Args:
+        function: (N, d) -> (N,) or (N, 1).
+        dim: d.
+        own_score: (N, d) -> (N, d), or None for autograd.
+        dtype: the one dtype in which the function works, None for any.
+        support: see `TargetDensity`.
+        log_z: see `TargetDensity`.
+        tally: what was asked so far.
+    """
+
+    function: Function
+    dim: int
+    own_score: Function | None = None
+    dtype: torch.dtype | None = None
+    support: Support | None = None
+    log_z: float | None = None
+    tally: Tally = field(default_factory=Tally, repr=False)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """See `TargetDensity`: NaN and +inf become -inf and are tallied."""
+        value = self._value(x)
+        wrong = value.isnan() | value.isposinf()
+        self.tally.note(values=len(x), nonfinite_values=wrong.sum(), outside=value.isneginf().sum())
+        return torch.where(wrong, -torch.inf, value)
+
+    def score(self, x: Tensor) -> Tensor:
+        """See `TargetDensity`: rows that are not finite become zero and are tallied."""
+        value = self.own_score(x.to(self.dtype or x.dtype)).to(x) if self.own_score else gradient(self._value, x)
+        wrong = ~value.isfinite().all(1, keepdim=True)
+        self.tally.note(gradients=len(x), nonfinite_gradients=wrong.sum())
+        return torch.where(wrong, 0.0, value)
+
+    def _value(self, x: Tensor) -> Tensor:
+        value = torch.as_tensor(self.function(x.to(self.dtype or x.dtype))).to(x).reshape(len(x))
+        return value + 0 * x.sum(1)  # a uniform law has gradient zero, not none
+
+
+def as_target(
+    log_prob: Function | TargetDensity,
+    dim: int | None = None,
+    *,
+    score: Function | None = None,
+    support: Support | None = None,
+    log_z: float | None = None,
+    check: bool = True,
+) -> TargetDensity:
+    """Return a callable as a target; a `TargetDensity` is returned as it is.
+
+    Args:
+        log_prob: any torch callable, (N, d) -> (N,) or (d,) -> (); which of the two is found out by trying.
+        dim: d; needed for a callable.
+        score: its gradient, (N, d) -> (N, d) or (d,) -> (d,), where autograd should not be used.
+        support: (low, high), each a number or (d,), infinite where there is no bound.
+        log_z: the log of its integral, where it is known.
+        check: whether to try the gradient and the tails, some 10^3 evaluations.
+
+    Raises:
+        TypeError: a callable that takes neither form, or dim is missing.
+        ValueError: no finite value, a gradient that is not that of log_prob, or a density without a normaliser.
+    """
+    if isinstance(log_prob, TargetDensity):
+        if dim not in (None, log_prob.dim):
+            raise ValueError(f"the target has dim = {log_prob.dim}, not {dim}")
+        return log_prob
+    if dim is None:
+        raise TypeError("a log_prob that is a plain callable needs dim, the number of coordinates")
+    x = probes(dim, support)
+    batched, dtype = _batched(log_prob, x, (), "log_prob")
+    own = None if score is None else _batched(score, x if dtype is None else x.to(dtype), (dim,), "score")[0]
+    target = UserDensity(batched, dim, own, dtype, support, log_z)
+    if check:
+        check_values(target, x)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NonFinite)  # far out in the tails they mean nothing
+            check_gradient(target, x)
+            check_proper(target)
+    return dataclasses.replace(target, tally=Tally())
+
+
+def probes(dim: int, support: Support | None = None) -> Tensor:
+    """Return points to try a density at, N(0, I) mapped into the support, (N, d) with N > 16 and not d."""
+    u = Streams(0, range(17 + (dim == 17)), torch.float64).randn(dim)
+    return u if support is None else to_box(u, support)
+
+
+def check_values(target: UserDensity, x: Tensor) -> None:
+    """Refuse a density without a single finite value at `x`, (N, d), and warn where some are not finite.
+
+    Raises:
+        ValueError: with what was found instead.
+    """
+    value = target._value(x)
+    missing = int((~value.isfinite()).sum())
+    found = "NaN" if bool(value.isnan().any()) else "+inf" if bool(value.isposinf().any()) else "-inf"
+    where = f"log_prob is {found} at {missing} of {len(x)} points tried around 0"
+    if missing == len(x):
+        raise ValueError(f"{where}; shift it there, or give support=")
+    if missing:
+        warnings.warn(f"{where}; where it lives in a box, give support=", NonFinite, stacklevel=3)
+
+
+def check_gradient(target: UserDensity, x: Tensor) -> None:
+    """Compare the score with differences of log_prob at `x`, (N, d), in one direction each; kinks are allowed.
+
+    Raises:
+        ValueError: no gradient, one that is zero everywhere while the values differ, or one of another function.
+    """
+    try:
+        score = target.score(x)
+    except (RuntimeError, TypeError) as error:
+        said = str(error).splitlines()[0]
+        raise ValueError(f"log_prob cannot be differentiated; write it in torch or give score= ({said})") from error
+    step, direction = 1e-3, torch.nn.functional.normalize(x.flip(0), dim=1)
+    value, ahead, behind = (target._value(x + s * step * direction) for s in (0, 1, -1))
+    finite = value.isfinite() & ahead.isfinite() & behind.isfinite()
+    if not target.own_score and not bool(score.any()) and bool((value[finite] != value[finite][:1]).any()):
+        raise ValueError(
+            "log_prob has gradient zero at all points tried though it varies: it is not differentiable; give score="
+        )
+    slope, given = (ahead - behind) / (2 * step), (score * direction).sum(1)
+    allowed = 0.05 * (slope.abs() + given.abs()) + 1e-6 * value.abs() / step + 1e-6
+    wrong = finite & ((slope - given).abs() > allowed)
+    if int(wrong.sum()) > len(x) // 2:
+        k = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"{'score' if target.own_score else 'autograd'} is not the gradient of log_prob: {float(given[k]):.3g} "
+            f"against {float(slope[k]):.3g} by finite differences; detach() or rounding inside, or a wrong score?"
+        )
+
+
+def _batched(function: Function, x: Tensor, event: tuple[int, ...], name: str) -> tuple[Function, torch.dtype | None]:
+    """Return `function` as (N, d) -> (N, *event), and the one dtype in which it works, None where any does."""
+    ways: dict[str, Function] = {"batch": function, "vmap": torch.func.vmap(function), "loop": partial(_loop, function)}
+    said = []
+    for way, called in ways.items():
+        works = []
+        for dtype in (torch.float32, torch.float64):
+            try:
+                out = torch.as_tensor(called(x.to(dtype)))
+            except Exception as error:  # noqa: BLE001 - whatever a user's function may raise
+                said.append(f"{way}: {type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}")
+                continue
+            if tuple(out.shape) in {(len(x), *event), (len(x), *event, 1)[: len(event) + 2]}:
+                works.append(dtype)
+            else:
+                said.append(f"{way}: shape {tuple(out.shape)}")
+        if works:
+            _check_rows(called, x.to(works[0]), name)
+            return called, None if len(works) == 2 else works[0]
+    raise TypeError(
+        f"{name} must map {tuple(x.shape)} to {(len(x), *event)}, or one row of it; it gave {said[0]}; {said[-1]}"
+    )
+
+
+def _loop(function: Function, x: Tensor) -> Tensor:
+    return torch.stack([torch.as_tensor(function(row)).to(x) for row in x])
+
+
+def _check_rows(function: Function, x: Tensor, name: str) -> None:
+    together, part = torch.as_tensor(function(x)), torch.as_tensor(function(x[:3]))
+    if not torch.allclose(together[:3], part, rtol=1e-3, atol=1e-4, equal_nan=True):
+        raise ValueError(f"{name} of an item changes with the others in its batch")

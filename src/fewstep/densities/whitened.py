@@ -1,0 +1,179 @@
+r"""A target in coordinates where N(0, I) is a fair guess: x = b(shift + scale y), with b the map onto the support.
+
+rho_y(y) = rho(x) |dx/dy|, so log Z is unchanged. `whiten` finds shift and scale from short Langevin chains.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fewstep.core.density import Bounds, TargetDensity
+from fewstep.core.noise import Noise, Streams
+from fewstep.densities.support import box_slopes, from_box, to_box
+
+_ROUNDS = 6  # of `whiten`, with a new scale after each
+
+
+@dataclass(frozen=True, eq=False)
+class Whitened(TargetDensity):
+    """`target` in whitened coordinates y.
+
+    Args:
+        target: the density, in x.
+        shift: (d,), where y = 0 lies, before the map onto the support; a number is repeated.
+        scale: (d,) or a number, positive, or (d, d), lower triangular with a positive diagonal.
+
+    Raises:
+        ValueError: a shift or scale of another shape, or a scale that is not positive and finite.
+    """
+
+    target: TargetDensity
+    shift: Tensor = field(default_factory=lambda: torch.zeros(()))
+    scale: Tensor = field(default_factory=lambda: torch.ones(()))
+
+    def __post_init__(self) -> None:
+        d = self.target.dim
+        for name in ("shift", "scale"):
+            value = torch.as_tensor(getattr(self, name), dtype=torch.float64)
+            object.__setattr__(self, name, value.expand(d) if value.ndim == 0 else value)
+        if self.shift.shape != (d,) or self.scale.shape not in ((d,), (d, d)):
+            raise ValueError(f"shift {tuple(self.shift.shape)} and scale {tuple(self.scale.shape)} do not fit d = {d}")
+        if not bool(torch.isfinite(self.scale).all() and (self._widths > 0).all() and torch.isfinite(self.shift).all()):
+            raise ValueError("scale must be finite with a positive diagonal, shift must be finite")
+
+    @property
+    def dim(self) -> int:  # type: ignore[override]
+        """See `TargetDensity`."""
+        return self.target.dim
+
+    @property
+    def log_z(self) -> float | None:  # type: ignore[override]
+        """See `TargetDensity`: that of the target."""
+        return self.target.log_z
+
+    @property
+    def log_z_bounds(self) -> Bounds | None:  # type: ignore[override]
+        """See `TargetDensity`: those of the target."""
+        return self.target.log_z_bounds
+
+    def to_x(self, y: Tensor) -> Tensor:
+        """Return the target's coordinates, (N, d) -> (N, d)."""
+        u = self._affine(y)
+        return u if self.target.support is None else to_box(u, self.target.support)
+
+    def to_y(self, x: Tensor) -> Tensor:
+        """Return the whitened coordinates, (N, d) -> (N, d); the inverse of `to_x`."""
+        return self._inverse(x if self.target.support is None else from_box(x, self.target.support))
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """See `TargetDensity`; `x` are whitened coordinates, (N, d) -> (N,)."""
+        log = self.target.log_prob(self.to_x(x)) + float(self._widths.log().sum())
+        return log if self.target.support is None else log + box_slopes(self._affine(x), self.target.support)[0].sum(1)
+
+    def score(self, x: Tensor) -> Tensor:
+        """See `TargetDensity`; by the chain rule, so that the target's own score is used."""
+        score = self.target.score(self.to_x(x))
+        if self.target.support is not None:
+            log_slope, curvature = box_slopes(self._affine(x), self.target.support)
+            score = score * log_slope.exp() + curvature
+        scale = self.scale.to(x)
+        return score * scale if scale.ndim == 1 else score @ scale
+
+    def sample(self, noise: Noise) -> Tensor:
+        """See `TargetDensity`: exact where the target's is."""
+        return self.to_y(self.target.sample(noise))
+
+    def refitted(self, y: Tensor) -> Whitened:
+        """Return the target in coordinates in which draws y, (N, d), have mean 0 and standard deviation 1."""
+        u = self._affine(y).double()
+        return Whitened(self.target, u.mean(0), u.std(0).clamp_min(1e-6))
+
+    @property
+    def _widths(self) -> Tensor:
+        return self.scale if self.scale.ndim == 1 else self.scale.diagonal()
+
+    def _affine(self, y: Tensor) -> Tensor:
+        scale = self.scale.to(y)
+        return self.shift.to(y) + (y * scale if scale.ndim == 1 else y @ scale.T)
+
+    def _inverse(self, u: Tensor) -> Tensor:
+        centred, scale = u - self.shift.to(u), self.scale.to(u)
+        return centred / scale if scale.ndim == 1 else torch.linalg.solve_triangular(scale, centred.T, upper=False).T
+
+
+def whiten(
+    target: TargetDensity, *, dense: bool = False, chains: int = 64, steps: int = 600, seed: int = 0
+) -> Whitened:
+    """Return `target` with the mean and spread that short Langevin chains see: no hand-tuned prior scale.
+
+    Metropolis-adjusted Langevin chains (Roberts and Tweedie 1996) start at scales from 0.1 to 100, each adapts its step to an
+    acceptance of 0.57, and after every sixth of the run the coordinates are rescaled by what was seen. Chains that end far below
+    the others have not arrived and are left out. Of several modes, each chain sees one: the spread is that of the modes found,
+    which is what a start has to cover, not their weights.
+
+    Args:
+        target: the density.
+        dense: use the covariance, not only its diagonal.
+        chains: how many; they cost 2 x `chains` x `steps` evaluations.
+        steps: of each chain.
+        seed: of starts and proposals; the same seed gives the same answer.
+
+    Raises:
+        ValueError: no chain found a finite log density.
+    """
+    noise, size = Streams(seed, range(chains)), torch.ones(chains, 1)
+    found = Whitened(target)
+    u = noise.randn(target.dim) * torch.logspace(-1, 2, chains)[:, None]  # before the map onto the support
+    for _ in range(_ROUNDS):
+        path, value, size = _langevin(found, found._inverse(u), size, steps // _ROUNDS, noise)
+        finite = ~value.isneginf()
+        if not bool(finite.any()):
+            raise ValueError("log_prob is not finite anywhere where it was tried: shift it towards 0, or give support=")
+        # at least half, or a few chains in a narrow place would speak for all
+        enough = torch.minimum(value.max() - 10 - 2 * target.dim, value[finite].median())
+        arrived = (value >= enough) & finite
+        seen = _trimmed(found._affine(path[:, arrived]).flatten(0, 1))
+        lost = torch.arange(chains) % int(arrived.sum())
+        u = torch.where(finite[:, None], found._affine(path[-1]), found._affine(path[-1][arrived])[lost])
+        found, old = Whitened(target, seen.mean(0), _spread(seen, dense)), found
+        size = size * float((old._widths / found._widths).square().log().mean().exp())
+    return found
+
+
+def _spread(x: Tensor, dense: bool) -> Tensor:
+    """Return the standard deviations of x, (N, d), or the Cholesky factor of its covariance, never singular."""
+    width = x.double().std(0).clamp_min(1e-6)
+    if not dense:
+        return width
+    return torch.linalg.cholesky(torch.cov(x.double().T).reshape(len(width), -1) + 1e-6 * torch.diag(width.square()))
+
+
+def _langevin(
+    target: TargetDensity, x: Tensor, size: Tensor, steps: int, noise: Noise
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the later half of the chains, (steps / 2, N, d), their mean log density there, (N,), and their step sizes."""
+    value, score, path, values = target.log_prob(x), target.score(x), [], []
+    for k in range(steps):
+        z = noise.randn_like(x)
+        trial = x + size / 2 * score + size.sqrt() * z
+        new, slope = target.log_prob(trial), target.score(trial)
+        back = z + size.sqrt() / 2 * (score + slope)  # minus the noise that leads back
+        log = new - value + (z.square() - back.square()).sum(1) / 2
+        accept = (noise.rand(1)[:, 0].log() < log) | (value.isneginf() & new.isfinite())
+        x, score = torch.where(accept[:, None], trial, x), torch.where(accept[:, None], slope, score)
+        value = torch.where(accept, new, value)
+        rate = torch.where(accept[:, None], 1 - 0.57, -0.57)
+        size = size * torch.exp((1.0 if k < steps // 2 else 0.2) * rate)
+        if k >= steps // 2:
+            path.append(x)
+            values.append(value)
+    return torch.stack(path), torch.stack(values).mean(0), size
+
+
+def _trimmed(x: Tensor) -> Tensor:
+    """Clip every coordinate to its central 98 per cent, so that heavy tails have a spread."""
+    ranks = x.sort(0)[0]
+    return torch.minimum(torch.maximum(x, ranks[len(x) // 100]), ranks[-len(x) // 100])

@@ -1,0 +1,182 @@
+"""The densities benchmark at a tiny size: its figures, its counts, that it goes on where it stopped, and what it refuses."""
+
+import json
+import math
+from functools import partial
+
+import pytest
+import torch
+
+import fewstep
+from fewstep.bench import densities, density_runs
+from fewstep.bench.density_figures import PUBLISHED, Sizes, Truth, energy, unconverged_sinkhorn
+from fewstep.bench.density_published import COLUMNS, TABLES, beside
+from fewstep.bench.density_runs import METHODS, Budget, Recipe, Setup, Workshop, exchange_at, sequential_at
+from fewstep.bench.density_tables import starred, summary
+from fewstep.core.noise import Streams
+from fewstep.densities.draws import Draws
+from fewstep.densities.networks import ControlNet
+from fewstep.densities.students._maps import Perceptron
+from fewstep.densities.students.cdds import CDDS
+
+pytest.importorskip("accelerate")
+pytest.importorskip("ot")
+NINE = fewstep.target("nine_modes")
+TINY = Setup(train_steps=3, batch=16, path_steps=4, distill_steps=4, rows=64, draws=64, components=3)
+SMALL = Sizes(transport=64, published=64, most=256)
+
+
+@pytest.fixture(autouse=True)
+def little_polish(monkeypatch):
+    monkeypatch.setattr(density_runs, "CDDS", partial(CDDS, polish=2))
+
+
+@pytest.fixture(scope="module")
+def truth():
+    return Truth(NINE, SMALL)
+
+
+def exact(seed, n=256):
+    return NINE.sample(Streams(1000 + seed, range(n)))
+
+
+def test_exact_draws_are_at_the_floor_and_a_third_of_the_modes_is_not(truth):
+    floor, right = truth.floors(), truth.distances(exact(0))
+    some = exact(0, 1024)
+    wrong = truth.distances(some[some[:, 0] < -2.5][:256])
+    for name in SMALL.distances():
+        assert right[name] < 2 * floor[name], name
+    for name in ("W1", "W2", "SW", "energy x 1000", "mode error"):
+        assert wrong[name] > 2 * floor[name], name
+    assert right["modes"] == "9/9" and wrong["modes"] == "3/9"
+
+
+def test_energy_with_its_diagonal_is_that_of_two_points():
+    a, b = torch.tensor([[0.0], [1.0]]), torch.tensor([[3.0], [3.0]])
+    assert energy(a, b) == pytest.approx(2 * 2.5 - 0.5 - 0.0)
+
+
+def test_published_figure_is_not_converged_but_a_mean_cost():
+    a, b = torch.zeros(1, 2), torch.tensor([[3.0, 4.0]])
+    assert unconverged_sinkhorn(a, b) == pytest.approx(5.0, rel=1e-4)
+    x, y = exact(1), exact(2)
+    given = Truth(NINE, SMALL).sizes.distances()
+    assert unconverged_sinkhorn(x, y) < 0.9 * given["W1"][0](x, y), "marginals that are left off cost less"
+
+
+def test_weights_of_exact_draws_cover_and_shifted_ones_do_not(truth):
+    x, noise = exact(3), 0.1 * torch.randn(256, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    right = truth.weighted(Draws(x, noise - 0.005, "unbiased"))
+    wrong = truth.weighted(Draws(x, noise + 0.5, "unbiased"))
+    assert right["covers"] == "yes" and right["log Z error"] < 0.03 and right["ESS"] > 0.9
+    assert wrong["covers"] == "no" and wrong["log Z error"] == pytest.approx(0.5, abs=0.03)
+    assert "log Z" not in truth.weighted(Draws(x, noise, "invalid")), "an invalid weight says nothing of log Z"
+
+
+class Rows:
+    """Counts the calls of networks where the networks are called, not by hooks."""
+
+    def __init__(self, monkeypatch):
+        self.network = 0
+        moments, forward = ControlNet.moments, Perceptron.forward
+
+        def counted(control, y, *given):
+            self.network += y.shape[:-1].numel()
+            return moments(control, y, *given)
+
+        def called(net, y, *given):
+            self.network += len(y)
+            return forward(net, y, *given)
+
+        monkeypatch.setattr(ControlNet, "moments", counted)
+        monkeypatch.setattr(Perceptron, "forward", called)
+
+
+@pytest.mark.parametrize("name", ["dis", "cdds", "matched", "cdds-exchange"])
+def test_calls_are_what_is_counted(name, monkeypatch, tmp_path):
+    shop = Workshop(NINE, TINY, 0, tmp_path)
+    before = shop.trained("dis").budget if name == "cdds" else Budget()
+    rows = Rows(monkeypatch)
+    budget = shop.trained(name).budget
+    assert budget.network - before.network == rows.network > 0
+    assert budget.seconds > before.seconds and budget.target > before.target and budget.gradient > before.gradient
+
+
+def test_counted_calls_of_paths_are_those_of_the_losses(monkeypatch, tmp_path):
+    monkeypatch.setattr(density_runs, "fit", lambda target, **given: fewstep.fit(target, whiten=False, **given))
+    budget = Workshop(NINE, TINY, 0, tmp_path).trained("dis").budget
+    paths = TINY.train_steps * TINY.batch
+    assert budget.target == paths and budget.gradient == paths * TINY.path_steps
+    assert budget.network == 2 * paths * TINY.path_steps, "a simulation without gradients, then all points at once"
+
+
+@pytest.mark.parametrize("sample", [exchange_at, sequential_at])
+def test_references_keep_to_their_budget(sample):
+    draws = sample(NINE, 1_000_000, 256, 0)
+    assert Budget().drawing(draws).evaluations == pytest.approx(1_000_000, rel=0.3)
+    assert len(draws) == 256
+
+
+def run(out, **changes):
+    given = {"targets": ("nine_modes",), "methods": ("dis", "cdds"), "steps": (1,), "path_steps": (2,), "seeds": 2}
+    given |= {"train_steps": 3, "batch": 16, "simulated": 4, "distill_steps": 4, "rows": 64, "num_samples": 256}
+    return densities.main(out, **{**given, "transported": 64, "published": 64, "speed": False, **changes})
+
+
+def test_tables_and_that_a_stopped_run_goes_on(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "d.json"
+    first = run(out).tables
+    drawn, training = first["nine_modes: draws"], first["nine_modes: training"]
+    titles = ["exact draws", "dis", "cdds", "cdds, resampled", "cdds, then SMC"]
+    assert [row["method"] for row in drawn] == titles and [row["method"] for row in training] == ["dis", "cdds"]
+    assert all(isinstance(row["W2"], str) and "±" in row["W2"] for row in drawn[1:]) and drawn[1]["covers"][1:] == "/2"
+    rivals = [row["method"] for row in first["nine_modes: equal budget"]]
+    assert rivals == ["cdds, 1 step", "replica exchange", "SMC"]
+    assert f"here: {titles[2]} 1" in first["nine_modes: published figures"][0]
+
+    def no_training(*_):
+        raise AssertionError("what is kept needs no training")
+
+    monkeypatch.setattr(density_runs, "METHODS", dict.fromkeys(METHODS, Recipe(no_training)))
+    assert run(out).tables == first
+    assert json.loads(out.read_text())["benchmark"] == "densities"
+    with pytest.raises(AssertionError, match="needs no training"):
+        run(out, distill_steps=5)
+
+
+@pytest.mark.slow
+def test_speed_is_told(tmp_path, capsys):
+    (row,) = run(None, seeds=1, speed=True).tables["nine_modes: speed"]
+    assert row["faster by"] > 5 and math.isfinite(row["dis: iteration / calls"])
+
+
+def test_rows_of_several_seeds():
+    row = summary([{"a": 1.0, "b": "yes", "c": "unbiased", "d": 2}, {"a": 3.0, "b": "no", "c": "unbiased", "d": 2}])
+    assert row == {"a": "2.000 ± 12.71", "b": "1/2", "c": "unbiased", "d": 2}
+    assert summary([{"high": 1.0}, {"high": math.inf}]) == {"high": math.inf}
+    keys = densities.EQUAL
+    rows = [dict.fromkeys(keys) | {"W1": "0.5 ± 0.1"}, dict.fromkeys(keys) | {"W1": 0.4}]
+    assert [row["W1"] for row in starred(rows)] == ["0.5 ± 0.1", "0.400 *"]
+
+
+def test_published_tables_say_what_can_be_compared():
+    rows = [row for rows in TABLES.values() for row in rows]
+    assert all(len(row.values) == len(COLUMNS) and row.comparable for row in rows)
+    (found, *_) = beside("mw54", {"cdds 1": {PUBLISHED: 0.2}})
+    assert found["CDDS 1"] == 0.2815 and found["here: cdds 1"] == 0.2
+    assert beside("rings", {}) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"methods": ("disk",)}, "choose some of"),
+        ({"seeds": 0}, "needs a seed"),
+        ({"num_samples": 100}, "multiple of 256"),
+        ({"targets": ("sonar",)}, "--data"),
+        ({"targets": ("funel",)}, "funnel"),
+    ],
+)
+def test_what_cannot_be_run_is_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        run(None, **given)

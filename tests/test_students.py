@@ -1,0 +1,355 @@
+"""Students: consistency losses at the exact flow, weights of few-step maps, distillation, files."""
+
+import math
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+import fewstep
+from fewstep.core.grid import times_of
+from fewstep.core.noise import Streams
+from fewstep.core.schedule import Brownian, VariancePreserving
+from fewstep.densities.estimators.jacobian import determinant
+from fewstep.densities.students._maps import EDMMap, FlowMap, MapConfig, ResidualMap, ScaledMap, passed, warm_start
+from fewstep.densities.students._polish import Polish, saturating, unfolding
+from fewstep.densities.students._sampler import MapSampler, jumped, renoised
+from fewstep.densities.students._trajectories import Incomplete, Trajectories, euler_in_time, flow_points
+from fewstep.densities.students.cdds import CDDS, FlowRegression, Followed, SelfConsistency, ready
+from fewstep.densities.whitened import Whitened
+from fewstep.priors.exact import GaussianPrior, MixturePrior
+
+SCHEDULE = VariancePreserving()
+GAUSSIAN = GaussianPrior(torch.tensor([0.5, -0.3]), torch.tensor([[0.3, 0.1], [0.1, 0.6]]), SCHEDULE)
+
+
+@dataclass(frozen=True, eq=False)
+class Law(fewstep.TargetDensity):
+    """The law of an exact prior times e^log_z, as a target."""
+
+    prior: object
+    log_z: float = 0.7
+
+    @property
+    def dim(self):
+        return self.prior.event_shape[0]
+
+    def log_prob(self, x):
+        return self.prior.log_prob(x) + self.log_z
+
+    def sample(self, noise):
+        return self.prior.sample(len(noise), noise)
+
+
+class ExactMap(FlowMap):
+    """The exact flow of a Gaussian; `wrong` reads time the other way round, as the papers' clock does."""
+
+    jumps = True
+
+    def __init__(self, prior, wrong=False):
+        super().__init__()
+        self.prior, self.schedule, self.dim, self.wrong = prior, prior.schedule, prior.event_shape[0], wrong
+        self.unused = torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, y, t, s):
+        if self.wrong:
+            t = (1 - torch.as_tensor(t)).clamp_min(1e-3)
+        return self.prior.flow(y, torch.as_tensor(t), torch.as_tensor(s))
+
+
+class Affine(FlowMap):
+    """y -> A y + b whatever the times are."""
+
+    jumps = True
+
+    def __init__(self, matrix, shift):
+        super().__init__()
+        self.matrix, self.shift, self.schedule, self.dim = matrix, shift, SCHEDULE, len(shift)
+
+    def forward(self, y, t, s):
+        return y @ self.matrix.T + self.shift
+
+
+def pairs(steps, every=1):
+    data = Trajectories(GAUSSIAN, times_of("edm", SCHEDULE, steps), every, batch_size=2048, rows=2048, direct=0.2)
+    return data.batch(0, range(2048))
+
+
+@pytest.mark.parametrize(
+    "objective", [FlowRegression(0.0), SelfConsistency(0.0, 0.0)], ids=["regression", "consistency"]
+)
+def test_losses_vanish_at_the_exact_flow_and_only_there(objective):
+    coarse, fine = (
+        float(objective.loss("model", Followed(ExactMap(GAUSSIAN)), pairs(n, n // 16), None)[0]) for n in (32, 64)
+    )
+    wrong = float(objective.loss("model", Followed(ExactMap(GAUSSIAN, wrong=True)), pairs(64, 4), None)[0])
+    assert fine < coarse / 8, "Heun's error falls fourfold when steps are halved, its square sixteenfold"
+    assert fine < 1e-4 and wrong > 1e-2
+
+
+@pytest.mark.parametrize(("order", "least"), [(1, 0.8), (2, 1.7)])
+def test_solver_has_its_order(order, least):
+    z = Streams(0, range(256)).randn(2).double()
+    truth = GAUSSIAN.double().flow(z, torch.tensor(1.0), torch.tensor(0.0))
+    errors = []
+    for steps in (32, 64):
+        y = flow_points(GAUSSIAN, z, times_of("edm", SCHEDULE, steps), order)[-1]
+        errors.append(float((y - truth).norm(dim=1).mean()))
+    GAUSSIAN.float()
+    assert math.log2(errors[0] / errors[1]) > least
+
+
+def test_euler_in_time_converges_to_the_flow():
+    z = Streams(0, range(256)).randn(2)
+    truth = GAUSSIAN.flow(z, torch.tensor(1.0), torch.tensor(0.0))
+    errors = []
+    for steps in (32, 64):
+        times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+        errors.append(float((euler_in_time(GAUSSIAN, z, times)[-1] - truth).norm(dim=1).mean()))
+    assert errors[1] < 0.6 * errors[0] and errors[1] < 0.1
+
+
+def test_published_pairs_are_neighbours_of_one_fresh_unfinished_trajectory():
+    data, seen = Incomplete(GAUSSIAN, steps=32, batch_size=4), set()
+    levels = 1 - torch.linspace(0, 32, 18).round() / 32
+    for step in range(80):
+        batch = data.batch(step, range(4))
+        assert batch["t"].unique().numel() == 1 == batch["s"].unique().numel()
+        n = int((levels - batch["t"][0]).abs().argmin())
+        assert torch.allclose(levels[n + 1], batch["s"][0])
+        seen.add(n)
+    assert seen == set(range(17))
+    assert float(batch["y_s"].std()) < 3 and not torch.equal(
+        data.batch(0, range(4))["y_t"], data.batch(1, range(4))["y_t"]
+    )
+
+
+def test_batches_depend_on_step_and_item_only():
+    data = Trajectories(GAUSSIAN, times_of("edm", SCHEDULE, 16), 2, batch_size=32, rows=64, refresh=3)
+    again = replace(data, _shard=[])
+    whole, part = data.batch(5, range(32)), again.batch(5, range(8, 16))
+    assert all(torch.equal(whole[name][8:16], part[name]) for name in whole)
+    assert bool((whole["t"] > whole["s"]).all())
+    assert not torch.equal(data.batch(0, range(32))["y_t"], data.batch(3, range(32))["y_t"]), "a new shard"
+
+
+def test_neighbours_end_where_the_flow_takes_them():
+    data = Trajectories(GAUSSIAN, times_of("angle", SCHEDULE, 64), 4, batch_size=256, rows=256, apart=0.02)
+    batch = data.batch(0, range(256))
+    start, end = batch["beside_t"] - batch["y_t"], batch["beside_s"] - batch["y_s"]
+    shift = lambda y: GAUSSIAN.flow(y, batch["t"], batch["s"])  # noqa: E731
+    expected = shift(start) - shift(torch.zeros_like(start))  # the flow of a Gaussian is affine
+    assert torch.allclose(end, expected, atol=2e-4) and float(end.norm(dim=1).min()) > 2e-3
+    assert not torch.allclose(end, start, atol=2e-3)
+
+
+def test_slopes_count_in_the_regression():
+    """A map that is right along the trajectories and wrong beside them is seen."""
+    data = Trajectories(GAUSSIAN, times_of("angle", SCHEDULE, 64), 4, batch_size=512, rows=512, apart=0.02)
+    batch = data.batch(0, range(512))
+    wrong = {**batch, "beside_s": batch["beside_s"] + 0.5 * (batch["beside_s"] - batch["y_s"])}
+    objective, exact = FlowRegression(0.0), Followed(ExactMap(GAUSSIAN))
+    right, off = (float(objective.loss("model", exact, b, None)[0]) for b in (batch, wrong))
+    assert right < 0.003 and off > 0.03
+    with pytest.raises(ValueError, match="power of two"):
+        Trajectories(GAUSSIAN, times_of("angle", SCHEDULE, 12), 2)
+
+
+def test_steps_of_the_angle_grid_are_nested():
+    fine, coarse = (times_of("angle", SCHEDULE, n) for n in (8, 4))
+    assert torch.allclose(fine[::2], coarse) and float(coarse[0]) == 1 and float(coarse[-1]) == 0
+    angles = torch.atan(SCHEDULE.ratio(fine))
+    assert torch.allclose(angles.diff(), angles.diff().mean().expand(8), atol=1e-6)
+
+
+def test_polishing_loss_has_its_minimum_at_the_exact_map_and_fines_folds():
+    loss, n = Polish(Whitened(Law(GAUSSIAN))), 4096
+    root = torch.linalg.cholesky(GAUSSIAN.cov)
+
+    def at(matrix, shift):
+        flow_map = Affine(matrix, shift)
+        del flow_map.matrix, flow_map.shift
+        flow_map.matrix, flow_map.shift = (torch.nn.Parameter(v) for v in (matrix, shift))
+        value, figures = loss._on_weights(flow_map, 1, Streams(0, range(n)))
+        return value, figures, torch.autograd.grad(value, flow_map.matrix)[0]
+
+    _, figures, slope = at(root, GAUSSIAN.mean)
+    assert abs(figures["elbo"] - 0.7) < 1e-3 and figures["folds"] == 0, "all weights are Z"
+    assert float(slope.abs().max()) < 4 * 2 / math.sqrt(n)
+    _, wide, pushed = at(1.5 * root, GAUSSIAN.mean)
+    assert wide["elbo"] < 0.7 - 0.3 and float((pushed * root).sum()) > 0.1
+    folded, figures, _ = at(root @ torch.diag(torch.tensor([1.0, -1.0])), GAUSSIAN.mean)
+    assert figures["folds"] == 1 and float(folded.detach()) > 10, "more than any weight gains"
+    tail = torch.tensor([-5.0, -5.001, -1e6])
+    assert torch.allclose(saturating(tail)[:2], tail[:2], atol=1e-5) and -2010 < float(saturating(tail)[2]) < -1990
+
+
+def test_determinants_of_polishing_are_the_exact_ones():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        flow_map = ScaledMap(SCHEDULE, Law(GaussianPrior(torch.zeros(3), torch.tensor(1.0))), MapConfig(16, 1))
+        torch.nn.init.normal_(flow_map.net.last.weight, std=0.02)
+    z, ends = Streams(3, range(64)).randn(3), (torch.tensor(1.0), torch.tensor(0.0))
+    y, log_det, fine = unfolding(lambda v: flow_map(v, *ends), z)
+    found = determinant(lambda v: flow_map(v, *ends), z)
+    assert torch.allclose(y, found.y, atol=1e-6) and float(fine.detach().max()) == 0 and bool((found.sign > 0).all())
+    assert torch.allclose(log_det.double(), found.log_abs, atol=1e-4)
+    assert float(log_det.detach().std()) > 0.01
+
+
+def test_maps_are_the_identity_where_no_time_passes_and_follow_their_papers():
+    y, t = torch.randn(5, 2), torch.tensor(0.4)
+    for kind in (ResidualMap, ScaledMap, EDMMap):
+        flow_map = kind(SCHEDULE, Law(GAUSSIAN))
+        torch.nn.init.normal_(flow_map.net.last.weight)
+        zero = torch.zeros(())
+        assert torch.allclose(flow_map(y, zero, zero), y, atol=1e-6)
+    assert torch.allclose(ResidualMap(SCHEDULE, Law(GAUSSIAN))(y, t, t), y, atol=1e-6)
+    assert torch.allclose(passed(SCHEDULE, t, torch.zeros(())), SCHEDULE(t)[1], atol=1e-6)
+    edm = EDMMap(SCHEDULE, Law(GAUSSIAN))  # its network starts at zero
+    assert torch.allclose(edm(y, t, torch.zeros(())), 0.25 / (0.16 + 0.25) * y)
+    with pytest.raises(ValueError, match="time 0"):
+        edm(y, t, torch.tensor(0.1))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_weights_of_the_exact_flow_are_constant_and_give_log_z(steps):
+    sampler = MapSampler(Whitened(Law(GAUSSIAN)), ExactMap(GAUSSIAN))
+    draws = sampler.sample(2048, steps)
+    assert draws.ess > 0.999 and abs(draws.log_z - 0.7) < 1e-3 and draws.nfe == steps
+
+
+def wide():
+    """An affine map a little wider than the Gaussian target, so that weights vary but have a bounded second moment."""
+    root = torch.linalg.cholesky(GAUSSIAN.cov)
+    return Affine(1.3 * root, GAUSSIAN.mean + 0.1)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_renoised_weights_are_unbiased_for_any_injective_map(steps):
+    grid = (*(1.0, 0.6, 0.35)[:steps], 0.0)
+    sampler = MapSampler(Whitened(Law(GAUSSIAN)), wide(), grid=grid, renoise=True)
+    draws = sampler.sample(20_480, steps)
+    ratio = (draws.log_weights - 0.7).exp()
+    error = float(ratio.std()) / math.sqrt(len(ratio))
+    assert error < 0.05 and abs(float(ratio.mean()) - 1) < 4 * error
+
+
+def test_renoised_weights_without_the_noising_kernel_would_be_wrong():
+    times, n = torch.tensor([1.0, 0.6, 0.0]), 20_480
+    z = Streams(0, range(n)).randn(2)
+    y, log_w = renoised(wide(), z, times, Streams(1, range(n)), True)
+    ratio = (log_w + GAUSSIAN.log_prob(y)).exp()
+    y, shorter = jumped(wide(), z, times[[0, 2]], Streams(1, range(n)), True)  # forgets that y_2 was noised from f(y_1)
+    wrong = (shorter + log_w.mean() - shorter.mean() + 0.5 + GAUSSIAN.log_prob(y)).exp()
+    error = float(ratio.std()) / math.sqrt(n)
+    assert abs(float(ratio.mean()) - 1) < 4 * error
+    assert abs(float(wrong.mean()) - 1) > 4 * error
+
+
+def test_jumped_weights_match_a_dense_jacobian():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        flow_map = ResidualMap(SCHEDULE, Law(GaussianPrior(torch.zeros(3), torch.tensor(1.0))), MapConfig(16, 1))
+        torch.nn.init.normal_(flow_map.net.last.weight, std=0.05)
+    z, times = Streams(3, range(8)).randn(3), torch.tensor([1.0, 0.5, 0.0])
+    y, log_w = jumped(flow_map, z, times, Streams(0, range(8)), True)
+    whole = lambda v: flow_map(flow_map(v[None], times[0], times[1]), times[1], times[2])[0]  # noqa: E731
+    for k in range(8):
+        dense = torch.linalg.slogdet(torch.autograd.functional.jacobian(whole, z[k]))
+        base = (z[k].square().sum() + 3 * math.log(2 * math.pi)) / 2
+        expected = dense.logabsdet + base if dense.sign > 0 else torch.tensor(math.nan)
+        assert torch.allclose(log_w[k].float(), expected, atol=1e-4, equal_nan=True)
+        assert torch.allclose(y[k], whole(z[k]), atol=1e-6)
+
+
+def test_folds_are_counted():
+    flipped = Affine(torch.diag(torch.tensor([1.0, -1.0])), torch.zeros(2))
+    draws = MapSampler(Whitened(Law(GAUSSIAN)), flipped).sample(100)
+    assert draws.nonfinite == 100
+
+
+def test_distilled_gaussian_is_right_and_survives_the_disk(tmp_path):
+    method = CDDS(size=MapConfig(32, 1), rows=4096, solver_steps=32, levels=8, polish=30)
+    student = fewstep.distill(GAUSSIAN, method, target=Law(GAUSSIAN), train_steps=250, batch=256, ema=0.95)
+    for steps in (1, 2, 4):
+        draws = student.sample(4096, steps)
+        low, high = draws.log_z_interval(0.999)
+        assert draws.ess > 0.9 and low < 0.7 < high and draws.nfe == steps
+    student.save(tmp_path)
+    again = fewstep.load_density_sampler(tmp_path, Law(GAUSSIAN))
+    assert torch.equal(again.sample(1500, 2).x, student.sample(1500, 2).x)
+    assert torch.equal(student.sample(100).x, student.sample(1500).x[:100])
+
+
+def test_published_recipe_trains_and_renoises():
+    method = CDDS.preset("paper", solver_steps=32)
+    student = fewstep.distill(GAUSSIAN, method, target=Law(GAUSSIAN), train_steps=100, batch=64)
+    assert isinstance(student.flow_map, EDMMap) and student.renoise
+    draws = student.sample(2048, 3)
+    assert draws.nfe == 3 and draws.nonfinite < 20
+    assert float((draws.x.mean(0) - GAUSSIAN.mean).abs().max()) < 0.5, "a rough student, but one of this Gaussian"
+
+
+@pytest.mark.parametrize("method", [CDDS.preset("averaged"), CDDS(map="guided")], ids=["averaged", "score-conditioned"])
+def test_other_students_train_too(method):
+    small = replace(method, size=MapConfig(32, 1), rows=2048, solver_steps=16, levels=8, polish=0)
+    student = fewstep.distill(GAUSSIAN, small, target=Law(GAUSSIAN), train_steps=120, batch=256, ema=0.95, lr=5e-3)
+    draws = student.sample(4096)
+    assert draws.ess > 0.5 and abs(draws.log_z - 0.7) < 0.1 and draws.gradient_calls == (method.map == "guided")
+
+
+def test_averaged_target_lags_and_a_decay_of_zero_is_the_map_itself():
+    followed = Followed(ResidualMap(SCHEDULE, Law(GAUSSIAN), MapConfig(8, 1)))
+    with torch.no_grad():
+        followed.map.net.last.bias += 1.0
+    followed.follow(0.9)
+    assert torch.allclose(followed.target.net.last.bias, torch.full((2,), 0.1))
+    followed.follow(0.0)
+    assert torch.equal(followed.target.net.last.bias, followed.map.net.last.bias)
+
+
+def test_warm_start_copies_what_fits():
+    from fewstep.densities.networks import ControlNet, NetConfig
+
+    trained = ControlNet(SCHEDULE, Law(GAUSSIAN), NetConfig(width=64))
+    torch.nn.init.normal_(trained.last.weight)
+    student = EDMMap(SCHEDULE, Law(GAUSSIAN))
+    assert warm_start(student.net, trained) > 8
+    assert torch.equal(student.net.last.weight, trained.last.weight[:2])
+    assert torch.equal(student.net.first.weight, trained.first.weight[:, :2])
+    assert warm_start(EDMMap(SCHEDULE, Law(GAUSSIAN), MapConfig(32, 1)).net, trained) == 1, (
+        "the last bias alone has the same shape"
+    )
+
+
+def test_teachers_of_other_schedules_are_taken_along():
+    brownian = GaussianPrior(GAUSSIAN.mean, GAUSSIAN.cov, Brownian())
+    z = Streams(0, range(64)).randn(2)
+    times = times_of("edm", SCHEDULE, 64)
+    assert torch.allclose(flow_points(ready(brownian), z, times)[-1], flow_points(GAUSSIAN, z, times)[-1], atol=1e-4)
+
+
+def test_what_cannot_be_distilled_is_refused():
+    with pytest.raises(ValueError, match="unknown method"):
+        fewstep.distill(GAUSSIAN, "cdd", target=Law(GAUSSIAN))
+    with pytest.raises(ValueError, match="target"):
+        fewstep.distill(GAUSSIAN)
+    with pytest.raises(TypeError, match="no denoiser"):
+        fewstep.distill(MapSampler(Whitened(Law(GAUSSIAN)), wide()))
+    with pytest.raises(ValueError, match="preset"):
+        CDDS.preset("papers")
+    with pytest.raises(ValueError, match="renoise"):
+        MapSampler(Whitened(Law(GAUSSIAN)), EDMMap(SCHEDULE, Law(GAUSSIAN)))
+
+
+@pytest.mark.slow
+def test_nine_modes_in_one_step():
+    target = fewstep.target("nine_modes")
+    whitened = Whitened(target, torch.zeros(2), torch.full((2,), 4.0))
+    grid = torch.tensor([-5.0, 0.0, 5.0]) / 4
+    teacher = MixturePrior(torch.ones(9), torch.cartesian_prod(grid, grid), torch.full((9,), 0.3 / 16))
+    student = fewstep.distill(teacher, CDDS(rows=16_384), target=whitened, train_steps=2500)
+    draws = student.sample(20_480)
+    low, high = draws.log_z_interval(0.999)
+    assert draws.ess > 0.5 and low < 0 < high and high - low < 0.05

@@ -1,0 +1,158 @@
+"""A control matched to draws: both identities of the drift, their best mixture, the loss at its minimum, and what comes out."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+import fewstep
+from fewstep.core.noise import Streams
+from fewstep.core.schedule import VariancePreserving
+from fewstep.densities.base import load_density_sampler
+from fewstep.densities.mcmc.hamiltonian import Hamiltonian
+from fewstep.densities.mcmc.replica_exchange import ReplicaExchange
+from fewstep.densities.networks import Known, NetConfig, gaussian_drift
+from fewstep.densities.teachers.matched import Informed, Matched, Matching, shares_of
+from fewstep.densities.whitened import Whitened
+from fewstep.priors.exact import MixturePrior
+
+SCHEDULE = VariancePreserving()
+MEANS, WIDTHS = torch.tensor([[-1.0, 0.4], [0.9, -0.2]]), torch.tensor([[0.05, 0.2], [0.1, 0.02]])
+
+
+@dataclass(frozen=True, eq=False)
+class Law(fewstep.TargetDensity):
+    """The law of a mixture times e^log_z."""
+
+    prior: MixturePrior
+    log_z: float = 1.3
+
+    @property
+    def dim(self):
+        return self.prior.event_shape[0]
+
+    def log_prob(self, x):
+        return self.prior.log_prob(x) + self.log_z
+
+    def sample(self, noise):
+        return self.prior.sample(len(noise), noise)
+
+
+def mixture():
+    return MixturePrior(torch.tensor([0.4, 0.6]), MEANS, WIDTHS, SCHEDULE)
+
+
+class Off(Known):
+    """A known control with something to train: its drift off by `shift`, its spread by the factor e^`widen`."""
+
+    def __init__(self, denoiser, variances, shift=0.0, widen=0.0):
+        super().__init__(denoiser, variances)
+        self.shift = torch.nn.Parameter(torch.tensor(shift))
+        self.widen = torch.nn.Parameter(torch.tensor(widen))
+
+    def moments(self, y, t, guide):
+        drift, spread = super().moments(y, t, guide)
+        return type(super().moments(y, t, guide))(drift + self.shift, spread * self.widen.exp())
+
+
+def matched(prior, variances, n=60_000, **off):
+    """Return the loss and its gradients, for draws of `prior`."""
+    teacher, target = Matched(steps=16), Law(prior)
+    x = target.sample(Streams(0, range(n)))
+    guides = target.score(x) + x
+    times = teacher.kernels(16).times[:-1]
+    informed = Informed(Off(prior, variances, **off), x, guides, shares_of(x, guides, SCHEDULE, times))
+    loss, figures = Matching(teacher.kernels(16)).loss("model", informed, None, Streams(1, range(n)))
+    loss.backward()
+    return loss.item(), figures["error"], informed.control
+
+
+def test_both_targets_have_the_drift_as_their_mean():
+    """E[B | y] = E[A | y] = G: the error of the target, times any function of y, has mean zero."""
+    prior, n = mixture(), 200_000
+    x, z = prior.sample(n, Streams(0, range(n))), Streams(1, range(n)).randn(2)
+    guides = Law(prior).score(x) + x
+    for t in (0.15, 0.4):
+        alpha, sigma = SCHEDULE(torch.tensor(t))
+        y = alpha * x + sigma * z
+        drift = Known(prior).drift(y, torch.tensor(t), None)
+        for wanted, right in (
+            (x - alpha / sigma * z, True),
+            (guides, True),
+            (guides - x, False),
+            (x - z / sigma, False),
+        ):
+            product = (wanted - drift) * torch.tanh(3 * y)
+            score = product.mean(0) / (product.std(0) / n**0.5)
+            assert (float(score.abs().max()) < 4) == right
+
+
+def test_gaussian_modes_leave_no_noise_in_the_mixed_target():
+    variances = torch.tensor([[0.05, 0.6]])
+    prior = MixturePrior(torch.ones(1), torch.tensor([[0.0, 0.0]]), variances, SCHEDULE)
+    x = prior.sample(20_000, Streams(0, range(20_000)))
+    times = torch.tensor([0.8, 0.3, 0.1, 0.02])
+    alpha, sigma = (c[:, None] for c in SCHEDULE(times))
+    best = sigma**2 * (1 - variances) / (alpha**2 * variances + sigma**2)
+    found = shares_of(x, Law(prior).score(x) + x, SCHEDULE, times)
+    assert torch.allclose(found, best, atol=0.02)
+    _, error, _ = matched(prior, variances[0])
+    _, noisy, _ = matched(prior, variances[0], shift=0.3)
+    assert error < 1e-4 and noisy > 1e-3
+
+
+def test_the_loss_has_its_minimum_at_the_exact_control():
+    """At the exact drift and, for a Gaussian, the exact spread the gradients vanish; a wrong one is pushed back."""
+    variances = torch.tensor([0.05, 0.6])
+    prior = MixturePrior(torch.ones(1), torch.tensor([[0.2, -0.1]]), variances[None], SCHEDULE)
+    _, _, at = matched(prior, variances)
+    _, _, wide = matched(prior, variances, widen=0.5)
+    _, _, narrow = matched(prior, variances, widen=-0.5)
+    assert abs(float(at.shift.grad)) < 1e-3 and abs(float(at.widen.grad)) < 2e-4
+    assert float(wide.widen.grad) > 1e-3 and float(narrow.widen.grad) < -1e-3
+    _, _, off = matched(mixture(), 0.2, shift=0.1)
+    _, _, other = matched(mixture(), 0.2, shift=-0.1)
+    assert float(off.shift.grad) > 0.01 > -0.01 > float(other.shift.grad)
+
+
+def test_drift_of_a_gaussian():
+    mean, variance = torch.tensor([0.3, -0.5]), torch.tensor([0.2, 1.7])
+    prior = MixturePrior(torch.ones(1), mean[None], variance[None], SCHEDULE)
+    y, t = Streams(0, range(9)).randn(2), torch.tensor(0.35)
+    assert torch.allclose(gaussian_drift(y, mean, variance, *SCHEDULE(t)), Known(prior).drift(y, t, None), atol=1e-5)
+
+
+def test_matched_sampler_of_a_mixture(tmp_path):
+    target = Law(mixture())
+    teacher = Matched(steps=16, draws=4096, levels=4, chains=128, warmup=60, net=NetConfig(width=32))
+    sampler = fewstep.fit(target, sampler=teacher, train_steps=250, batch=256, lr=4e-3, ema=0.95)
+    draws = sampler.sample(8192, seed=1)
+    low, high = draws.log_z_interval(0.999)
+    assert draws.ess > 0.5 and low < 1.3 < high and high - low < 0.2
+    right = float((draws.x[:, 0] > 0).double().mean())
+    assert abs(right - 0.6) < 0.06
+    sampler.save(tmp_path)
+    assert torch.equal(load_density_sampler(tmp_path, target).sample(64).x, sampler.sample(64).x)
+
+
+def test_draws_of_anyone_are_taken_and_their_absence_is_said():
+    target = Law(mixture())
+    given = Matched(samples=target.sample(Streams(0, range(512))))
+    teacher, whitened = given.prepared(Whitened(target), 0)
+    y = whitened.to_y(given.samples)
+    assert teacher is given and torch.allclose(y.mean(0), torch.zeros(2), atol=1e-5)
+    assert torch.allclose(y.std(0), torch.ones(2), atol=1e-5)
+    with pytest.raises(ValueError, match="no draws"):
+        Matched().model(whitened, 0)
+    with pytest.raises(ValueError, match="one loss"):
+        given.objective(whitened, "kl")
+
+
+def test_steps_of_many_sizes_reach_the_neck_of_a_funnel():
+    """x_1 of a funnel is N(0, 9): without small steps its lower tail is not found."""
+    shares = []
+    for reach in (1.0, 100.0):
+        exchange = ReplicaExchange(Hamiltonian(4, 0.8, reach), levels=6, chains=64, warmup=200, thin=2)
+        draws = exchange.sample(fewstep.target("funnel"), 4096, seed=0, dtype=torch.float32)
+        shares.append(float((draws.x[:, 0] < -3).double().mean()))
+    assert shares[0] < 0.08 and 0.11 < shares[1] < 0.21  # exactly 0.159

@@ -1,0 +1,311 @@
+"""Targets of the user's own: two lines of any form, what is wrong with them, boxes, whitening and automatic scale."""
+
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+from fewstep.core.density import TargetDensity, gradient
+from fewstep.core.noise import Streams
+from fewstep.densities.properness import Improper
+from fewstep.densities.support import box_slopes, from_box, to_box
+from fewstep.densities.targets import target
+from fewstep.densities.user import NonFinite, as_target
+from fewstep.densities.whitened import Whitened, whiten
+from fewstep.testing.density import check_form, check_score
+
+DATA = torch.eye(3, dtype=torch.float64)
+
+
+def normals(n, d, seed=0):
+    return Streams(seed, range(n), torch.float64).randn(d)
+
+
+# ---- what works: every form of the same law N(0, diag(1, 1/2, 1/4))
+
+SCALES = (1.0, 2.0, 4.0)
+FORMS = {
+    "batch": lambda x: -0.5 * (x**2 * torch.tensor(SCALES)).sum(-1),
+    "column": lambda x: -0.5 * (x**2 * torch.tensor(SCALES)).sum(-1, keepdim=True),
+    "single": lambda x: -0.5 * (x**2 * torch.tensor(SCALES)).sum(),
+    "entries": lambda x: -0.5 * x[0] ** 2 - x[1] ** 2 - 2 * x[2] ** 2,
+    "control flow": lambda x: -0.5 * x[0] ** 2 - x[1] ** 2 - (2 if float(x[2]) > -9 else 3) * x[2] ** 2,
+    "float64 data": lambda x: -0.5 * ((x @ DATA) ** 2 * torch.tensor(SCALES)).sum(-1),
+    "distribution": torch.distributions.Independent(
+        torch.distributions.Normal(torch.zeros(3), torch.tensor(SCALES) ** -0.5), 1
+    ).log_prob,
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_two_lines_of_any_form(form):
+    density = as_target(FORMS[form], 3)
+    x = normals(9, 3)
+    truth = -0.5 * (x.square() * torch.tensor(SCALES)).sum(1)
+    value = density.log_prob(x)
+    assert torch.allclose(value - value[0], truth - truth[0], atol=1e-5)
+    for dtype in (torch.float32, torch.float64):
+        assert density.log_prob(x.to(dtype)).dtype == dtype
+        assert torch.allclose(density.score(x.to(dtype)), (-x * torch.tensor(SCALES)).to(dtype), atol=1e-4)
+    if form != "control flow":  # Python branches cannot be vectorised twice
+        check_form(density, x)
+        check_score(density, x, tol=1e-5)
+    assert density.event_shape == (3,) and density.log_z is None
+
+
+def test_one_coordinate():
+    density = as_target(lambda x: -((x**2 - 4) ** 2), 1)
+    assert torch.equal(density.log_prob(torch.tensor([[2.0], [0.0]])), torch.tensor([0.0, -16.0]))
+
+
+def test_a_score_of_ones_own():
+    calls = []
+
+    def score(x):
+        calls.append(len(x))
+        return -x
+
+    density = as_target(lambda x: -0.5 * x.square().sum(-1), 4, score=score, log_z=2 * math.log(2 * math.pi))
+    x = normals(5, 4)
+    assert torch.equal(density.score(x), -x) and calls[-1] == 5 and density.log_z == pytest.approx(3.6757541)
+    single = as_target(lambda x: -0.5 * x @ x, 4, score=lambda x: -x)
+    assert torch.equal(single.score(x), -x)
+    array = as_target(lambda x: torch.as_tensor(-0.5 * (np.asarray(x.detach()) ** 2).sum(-1)), 4, score=lambda x: -x)
+    assert torch.allclose(array.log_prob(x), -0.5 * x.square().sum(1))
+
+
+def test_a_target_is_returned_as_it_is():
+    funnel = target("funnel", dim=3)
+    assert as_target(funnel) is funnel and as_target(funnel, 3) is funnel
+    with pytest.raises(ValueError, match="dim = 3, not 4"):
+        as_target(funnel, 4)
+
+
+def test_scores_compose():
+    """Scores differentiate where somebody asks, cost a plain call where nobody does, and work inside torch.func."""
+    density = as_target(lambda x: -0.25 * (x**4).sum(-1), 3)
+    x = normals(5, 3)
+    jacobian = torch.func.vmap(torch.func.jacfwd(lambda row: density.score(row[None])[0]))(x)
+    assert torch.allclose(jacobian, torch.diag_embed(-3 * x.square()))
+    leaf = x.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(density.score(leaf).sum(), leaf)
+    assert torch.allclose(slope, -3 * x.square())
+    with torch.no_grad():
+        assert not density.score(x).requires_grad
+    assert torch.allclose(gradient(density.log_prob, x), -(x**3))
+
+
+# ---- what cannot be right, in one line
+
+
+def separable(w):
+    x = normals(40, 4, seed=1)
+    return torch.nn.functional.logsigmoid(w @ (x * x[:, :1].sign()).to(w).T).sum(-1)
+
+
+@pytest.mark.parametrize(
+    "function, error, said",
+    [
+        (lambda x: -0.5 * x[..., 0] ** 2, Improper, "coordinate 1|coordinate 2|coordinate 3"),
+        (lambda x: 0 * x[..., 0], Improper, "integral diverges"),
+        (lambda x: x.sum(-1), Improper, "integral diverges"),
+        (lambda x: -2 * torch.log1p(x.square().sum(-1)), Improper, "falls no faster than -4 log"),
+        (separable, Improper, "add a prior"),
+        (lambda x: x[..., 0] * math.nan, ValueError, "NaN at 17 of 17"),
+        (lambda x: x[..., 0] * 0 + math.inf, ValueError, r"\+inf at 17 of 17"),
+        (lambda x: x[..., 0] * 0 - math.inf, ValueError, "-inf at 17 of 17"),
+        (lambda x: -(x.round() ** 2).sum(-1), ValueError, "not differentiable"),
+        (lambda x: -0.5 * (x.detach() ** 2).sum(-1), ValueError, "not differentiable"),
+        (lambda x: torch.as_tensor(-0.5 * (x.numpy() ** 2).sum(-1)), ValueError, "cannot be differentiated"),
+        (lambda x: -(x.detach() ** 2).sum(-1) - 0.01 * x.sum(-1), ValueError, "not the gradient of log_prob"),
+        (lambda x: -((x - x.mean(0)) ** 2).sum(-1), ValueError, "others in its batch"),
+        (lambda x: x, TypeError, "must map"),
+        (lambda x: undefined, TypeError, "NameError"),  # noqa: F821
+        (lambda x, y: x, TypeError, "missing 1 required"),
+    ],
+)
+def test_clear_messages(function, error, said):
+    with pytest.raises(error, match=said) as caught:
+        as_target(function, 4)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+def test_dim_is_asked_for_and_a_wrong_score_is_found():
+    with pytest.raises(TypeError, match="dim"):
+        as_target(lambda x: -x.square().sum(-1))
+    with pytest.raises(ValueError, match="score is not the gradient"):
+        as_target(lambda x: -0.5 * x.square().sum(-1), 3, score=lambda x: -2 * x)
+
+
+def test_proper_ones_pass():
+    for function in (
+        lambda x: -torch.log1p(x.square()).sum(-1),  # Cauchy
+        lambda x: -2.5 * torch.log1p(x.square().sum(-1)),  # |x|^-5 in four dimensions
+        lambda x: -x.abs().sum(-1),
+        lambda x: -1e8 * x.square().sum(-1),
+        lambda x: -1e-4 * (x - 30).square().sum(-1),
+        lambda x: torch.logsumexp(torch.stack([-(x - 8).square().sum(-1), -(x + 8).square().sum(-1)]), 0),
+    ):
+        as_target(function, 4)
+
+
+def test_heavy_tails_are_judged_by_their_power():
+    as_target(lambda x: -10.6 * torch.log1p(x.square().sum(-1)), 20)
+    with pytest.raises(Improper):
+        as_target(lambda x: -9.9 * torch.log1p(x.square().sum(-1)), 20)
+
+
+# ---- NaN now and then
+
+
+def test_nan_is_counted_and_told_once():
+    def log_prob(x):
+        return -0.5 * x.square().sum(-1) + torch.where(x[..., 0] > 1, math.nan, 0.0)
+
+    with pytest.warns(NonFinite, match="NaN at . of 17 points"):
+        density = as_target(log_prob, 2)
+    assert density.tally.values == 0
+    x = torch.tensor([[0.0, 0.0], [2.0, 0.0], [3.0, 1.0]])
+    with pytest.warns(NonFinite, match="2 values"):
+        value = density.log_prob(x)
+    assert value.tolist() == [0.0, -math.inf, -math.inf]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        density.log_prob(x)
+    assert (density.tally.values, density.tally.nonfinite_values) == (6, 4)
+    score = density.score(torch.tensor([[0.5, 0.0]]))
+    assert torch.equal(score, torch.tensor([[-0.5, 0.0]])) and density.tally.gradients == 1
+
+
+def test_scores_that_are_nan_become_zero():
+    density = as_target(lambda x: -0.5 * x.square().sum(-1) + x[..., 0].abs().sqrt(), 1)
+    with pytest.warns(NonFinite, match="gradients"):
+        score = density.score(torch.tensor([[0.0], [1.0]]))
+    assert float(score[0]) == 0 and float(score[1]) == pytest.approx(-0.5)
+    assert density.tally.nonfinite_gradients == 1
+
+
+# ---- boxes
+
+
+SUPPORT = (torch.tensor([0.0, -math.inf, 2.0, -math.inf]), torch.tensor([1.0, 3.0, math.inf, math.inf]))
+
+
+def test_box_maps():
+    u = 2 * normals(200, 4)
+    x = to_box(u, SUPPORT)
+    low, high = SUPPORT
+    assert bool((x > low).all() and (x < high).all())
+    assert torch.allclose(from_box(x, SUPPORT), u, atol=1e-7)
+    log, curvature = box_slopes(u, SUPPORT)
+    jacobian = torch.func.vmap(torch.func.jacfwd(lambda row: to_box(row[None], SUPPORT)[0]))(u)
+    assert torch.allclose(torch.diag_embed(log.exp()), jacobian, atol=1e-12)
+    assert torch.allclose(curvature, torch.func.grad(lambda u: box_slopes(u, SUPPORT)[0].sum())(u))
+    far = to_box(torch.tensor([[40.0] * 4, [-40.0] * 4]), SUPPORT)
+    assert bool((far > low).all() and (far < high).all())  # strictly inside, in float32
+
+
+def test_a_uniform_law_is_exactly_normal():
+    """A law on a box needs no network at all: the uniform becomes N(0, I), its log Z is kept."""
+    density = Whitened(
+        as_target(lambda x: torch.zeros(len(x)), 2, support=(-1.0, torch.tensor([1.0, 4.0])), log_z=math.log(10))
+    )
+    y = normals(8, 2)
+    normal = -0.5 * y.square().sum(1) - math.log(2 * math.pi)
+    assert torch.allclose(density.log_prob(y), normal + density.log_z, atol=1e-6)
+    assert torch.allclose(density.score(y), -y, atol=1e-6)
+
+
+def test_bounded_support_gives_the_right_normaliser():
+    """A Beta(3, 2) times an exponential on [1, inf): log Z by a sum over whitened coordinates."""
+
+    def log_prob(x):
+        return 2 * x[..., 0].log() + (1 - x[..., 0]).log() - 3 * x[..., 1]
+
+    density = as_target(log_prob, 2, support=(torch.tensor([0.0, 1.0]), torch.tensor([1.0, math.inf])))
+    fitted = whiten(density, steps=120)
+    axis = torch.linspace(-12, 12, 481, dtype=torch.float64)
+    mass = torch.exp(fitted.log_prob(torch.cartesian_prod(axis, axis))).sum() * 0.05**2
+    assert float(mass) == pytest.approx(math.gamma(3) * math.gamma(2) / math.gamma(5) * math.exp(-3) / 3, rel=1e-5)
+    assert density.tally.nonfinite_values == 0
+    check_score(fitted, normals(20, 2))
+
+
+def test_hard_walls_without_a_support_are_told():
+    with pytest.warns(NonFinite, match="-inf at .* give support="):
+        density = as_target(lambda x: torch.where((x.abs() < 1).all(-1), 0.0, -math.inf), 2)
+    assert density.log_prob(torch.tensor([[0.0, 0.0], [2.0, 0.0]])).tolist() == [0.0, -math.inf]
+    assert not density.score(torch.tensor([[0.1, 0.2]])).any()
+
+
+# ---- whitening
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_whitened_is_the_same_law(dense):
+    shift = normals(1, 4, seed=3)[0]
+    scale = torch.tril(normals(4, 4, seed=4), -1) + torch.diag(torch.tensor([0.5, 1, 2, 3]).double())
+    density = Whitened(target("funnel", dim=4), shift, scale if dense else scale.diagonal())
+    y = normals(16, 4)
+    assert torch.allclose(density.to_y(density.to_x(y)), y)
+    jacobian = torch.func.vmap(torch.func.jacfwd(lambda row: density.to_x(row[None])[0]))(y)
+    change = torch.linalg.slogdet(jacobian)[1]
+    assert torch.allclose(density.log_prob(y), density.target.log_prob(density.to_x(y)) + change)
+    assert density.log_z == 0.0 and density.dim == 4
+    check_form(density, y)
+    check_score(density, y)
+    x = density.to_x(density.sample(Streams(0, range(5), torch.float64)))
+    assert torch.allclose(x, density.target.sample(Streams(0, range(5), torch.float64)))
+
+
+@pytest.mark.parametrize("shift, scale", [(torch.zeros(3), 1.0), (0.0, -1.0), (0.0, torch.zeros(4)), (math.nan, 1.0)])
+def test_whitened_refuses(shift, scale):
+    with pytest.raises(ValueError):
+        Whitened(target("funnel", dim=4), shift, scale)
+
+
+class Gauss(TargetDensity):
+    """N(mean, root root')."""
+
+    def __init__(self, mean, root):
+        self.dim, self.mean, self.inverse = len(mean), mean, torch.linalg.inv(root)
+
+    def log_prob(self, x):
+        return -0.5 * ((x - self.mean.to(x)) @ self.inverse.to(x).T).square().sum(1)
+
+
+def test_scale_is_found():
+    """Means and standard deviations over four decades, from a start that knows neither; the same seed gives the same answer."""
+    width, mean = torch.logspace(-2, 2, 8, dtype=torch.float64), torch.linspace(-200, 300, 8, dtype=torch.float64)
+    density = Gauss(mean, torch.diag(width))
+    found = whiten(density)
+    assert bool(((found.scale / width).log().abs() < 0.3).all())
+    assert bool(((found.shift - mean).abs() < 0.5 * width).all())
+    assert torch.equal(whiten(density, steps=60, seed=3).scale, whiten(density, steps=60, seed=3).scale)
+    assert not torch.equal(whiten(density, steps=60, seed=4).scale, whiten(density, steps=60, seed=3).scale)
+
+
+def test_covariance_is_found():
+    root = torch.tensor([[3.0, 0.0], [2.9, 0.3]]).double()
+    found = whiten(Gauss(torch.zeros(2).double(), root), dense=True)
+    ratio = torch.linalg.svdvals(torch.linalg.solve(found.scale, root))
+    assert bool((ratio.log().abs() < 0.25).all())
+
+
+def test_modes_are_covered():
+    modes = whiten(target("nine_modes"))
+    assert bool((modes.scale > 2).all() and (modes.scale < 6).all())  # 4.1 between modes of width 0.55
+    wells = whiten(target("mw54"))
+    assert bool((wells.scale > 1.5).all() and (wells.scale < 2.5).all())
+
+
+def test_whiten_survives_walls_and_says_when_there_is_nothing():
+    with pytest.warns(NonFinite):
+        box = as_target(lambda x: torch.where((x.abs() < 0.5).all(-1), 0.0, -math.inf), 2)
+    found = whiten(box, steps=120)
+    assert bool((found.scale > 0.1).all() and (found.scale < 1).all())  # 0.29
+    nothing = as_target(lambda x: x.sum(-1) * 0 - math.inf, 2, check=False)
+    with pytest.raises(ValueError, match="not finite anywhere"):
+        whiten(nothing, steps=60)
