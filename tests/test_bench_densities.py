@@ -147,7 +147,7 @@ def test_tables_and_that_a_stopped_run_goes_on(tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 def test_speed_is_told(tmp_path, capsys):
     (row,) = run(None, seeds=1, speed=True).tables["nine_modes: speed"]
-    assert row["faster by"] > 5 and math.isfinite(row["dis: iteration / calls"])
+    assert row["faster by"] > 0 and row["dis: iteration / calls"] > 0
 
 
 def test_rows_of_several_seeds():

