@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -74,6 +75,7 @@ class MapSampler(DensitySampler):
         walk = renoised if self.renoise else jumped
         y, log_w = walk(self.flow_map, z, times, noise, weights)
         if weights:
+            _tell_folds(int(log_w.isnan().sum()), len(log_w))
             log_w = log_w + self.whitened.log_prob(y).double()
         return Drawn(y, log_w if weights else None, Cost(steps, int(weights), steps * self.flow_map.guided))
 
@@ -126,6 +128,16 @@ def _pushed(flow_map: FlowMap, y: Tensor, t: Tensor, s: Tensor, log_w: Tensor, w
         return flow_map(y, t, s), log_w
     found = determinant(partial(_call, flow_map, t, s), y)
     return found.y, log_w + found.log_abs.masked_fill(found.sign <= 0, math.nan)
+
+
+def _tell_folds(folds: int, count: int) -> None:
+    """Warn where the map has turned over: mass is then counted once per preimage."""
+    if folds:
+        warnings.warn(
+            f"the map folds at {folds} of {count} draws, so it is not injective: these draws are refused, and the weights of the "
+            "others are not unbiased; they make log Z too high by about what the refused ones would have carried",
+            stacklevel=3,
+        )
 
 
 def _call(flow_map: FlowMap, t: Tensor, s: Tensor, y: Tensor) -> Tensor:
