@@ -13,7 +13,10 @@ import torch
 from PIL import Image
 
 import fewstep.restore as restoring
+from fewstep.bench import calibration as bench
+from fewstep.bench.common import Variant
 from fewstep.bench.log import Log
+from fewstep.bench.tasks import Task
 from fewstep.calibrated import FILE, Asked, Calibrations, Plan, calibrate, judge, simulated
 from fewstep.commands.calibrating import families_of
 from fewstep.core.sampler import State
@@ -109,6 +112,23 @@ def test_a_narrow_sampler_covers_again_on_new_photographs(sampler, found, family
     (calibrated, plain), (error, _) = covered(sampler, calibration, family)
     assert 0.9 - 4 * error < calibrated < 0.9 + 2 * PLAN.worst / 25 + 4 * error + 0.01
     assert plain < 0.6 and calibration.factor > 2
+
+
+def test_the_benchmark_covers_on_the_task_it_fitted_and_shows_what_did_not(sampler, found):
+    found.save(sampler.folder)
+    task, other = Task(get_operator("denoise")(), 0.1), Task(get_operator("denoise")(), 0.4)
+    setup = bench.Setup(PixelPrior(), photos(24, seed=1), photos(60, seed=2), Plan(samples=(SAMPLES,), crop=SIDE))
+    row = setup.row(Variant("narrow", "", sampler), task)
+    assert 0.9 - 4 * row["± task"] < row["task"] < 0.9 + 2 * PLAN.worst / 25 + 4 * row["± task"] + 0.01
+    assert row["plain"] < 0.6 < row["right"] < row["family"] and row["photographs"] == 60
+    wrong = bench.Setup(PixelPrior(), photos(24, seed=1), [(p > 127).byte() * 255 for p in photos(60, seed=2)], setup.plan)
+    assert wrong.row(Variant("narrow", "", sampler), other)["task"] < 0.8  # photographs of another law: no promise
+
+
+def test_a_task_is_the_family_that_draws_nothing_else():
+    task = Task(get_operator("inpaint-random")(rate=0.7), 0.025)
+    operator, sigma = bench.exactly(task).draw(np.random.default_rng(0))
+    assert (operator, sigma) == task
 
 
 def test_a_file_holds_everything(found, sampler):

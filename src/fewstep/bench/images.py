@@ -187,12 +187,17 @@ def run_image(
 
 
 def row_key(path: Path, task: Task, entry: Variant | None, setup: Setup) -> str:
-    """Return the name of a row in the log, of the baseline where there is no entry; of trained weights it says which."""
-    sampler = None if entry is None else entry.sampler
-    key = f"{path.name}|{task}|{BASELINE if sampler is None else repr(sampler)}"
+    """Return the name of a row in the log, of the baseline where there is no entry."""
+    where = f"{path.name}|{task}"
+    return f"{where}|{BASELINE}" if entry is None else row_mark(where, entry, setup.asked(task))
+
+
+def row_mark(where: str, entry: Variant, asked: Asked) -> str:
+    """Return `where` with what decides a method's row; of trained weights it says which they are and how they were calibrated."""
+    sampler, key = entry.sampler, f"{where}|{entry.sampler!r}"
     if not isinstance(sampler, UnfoldedSampler) or sampler.folder is None:
         return key
-    verdict = judge(sampler, setup.asked(task))
+    verdict = judge(sampler, asked)
     return f"{key}|{read_header(sampler.folder).get('sha256')}|{verdict and verdict.calibration}"
 
 
