@@ -1,6 +1,8 @@
 """The benchmark on exact problems at a tiny size: its rows, that it goes on where it stopped, and that a design is what it says."""
 
 import json
+import os
+import signal
 from dataclasses import replace
 
 import pytest
@@ -10,7 +12,7 @@ from fewstep.bench import ablations, trials, unfolded
 from fewstep.bench.designs import Adapted, Design, VectorDenoiser, learn_prior
 from fewstep.bench.trials import Setup, Trial
 from fewstep.compat import prepare_torchvision
-from fewstep.core.noise import Noise
+from fewstep.core.noise import Noise, Streams
 from fewstep.methods.ud2m import UD2M
 from fewstep.objectives.ud2m import Weights
 
@@ -63,6 +65,29 @@ def test_a_design_before_training_is_the_preset(preset):
         Design(UD2M.preset("photo"))
 
 
+def test_the_batch_grows_and_every_step_has_its_own():
+    data = trials.Measurements(Setup(dim=4, steps=9, batch=12))
+    assert [data.count(step) for step in range(9)] == [3, 3, 3, 6, 6, 6, 12, 12, 12]
+    one, again, other = (data.batch(step, range(12)) for step in (0, 0, 1))
+    assert torch.equal(one["x0"], again["x0"]) and torch.equal(one["likelihood"].y, again["likelihood"].y)
+    assert not torch.isclose(one["x0"], other["x0"]).any()
+
+
+def test_a_training_that_was_stopped_leaves_no_row(tmp_path, monkeypatch):
+    once = Setup.simulate
+
+    def stopped(self, noise):
+        if not isinstance(noise, Streams):
+            return once(self, noise)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return once(self, noise)
+
+    monkeypatch.setattr(Setup, "simulate", stopped)
+    with pytest.raises(KeyboardInterrupt, match="after 1 of 3 steps"):
+        run(tmp_path / "u.json", steps=3)
+    assert "True" not in (tmp_path / "u.jsonl").read_text()
+
+
 def test_designs_that_train_alike_share_a_network():
     base, kernel = ablations.consistent(), ablations.consistent(kernel="one_step", eta=0.8)
     assert base != kernel and base.training == kernel.training
@@ -99,7 +124,7 @@ def test_an_ablation_is_one_table_and_trains_each_network_once(tmp_path, monkeyp
 def test_losses_and_ranks_run(tmp_path):
     pytest.importorskip("peft")
     (rows,) = run(tmp_path / "a.json", ablation=("rank", "loss")).tables.values()
-    assert len(rows) == 1 + 10 + 16 and all(set(row) >= FIGURES for row in rows)
+    assert len(rows) == 1 + 10 + 20 and all(set(row) >= FIGURES for row in rows)
 
 
 def test_the_rank_says_what_is_trained():

@@ -12,7 +12,7 @@ from fewstep.core.grid import GRIDS
 from fewstep.core.kernel import ddim_std, renoise
 from fewstep.core.likelihood import Counts
 from fewstep.core.linalg import cg
-from fewstep.core.noise import Noise
+from fewstep.core.noise import Noise, Streams
 from fewstep.core.samples import Samples
 from fewstep.testing.problems import mixture_problem
 
@@ -82,6 +82,19 @@ def test_spawned_streams_depend_on_seed_and_sample_alone():
     wide = Noise.spawn((5, 6), range(0, 3)).randn(4).reshape(3, 2, 4)
     narrow = Noise.spawn((6,), range(1, 3)).randn(4)
     assert torch.equal(wide[1:, 1], narrow)
+    assert torch.equal(Noise((5, 6)).expand(3).randn(4).reshape(3, 2, 4), wide)
+
+
+def test_streams_in_blocks_expand_to_new_ones_that_depend_on_item_and_sample_alone():
+    items = Streams(5, range(2100))
+    first, wide = items.randn(3), items.expand(3)
+    assert len(wide) == 3 * len(items)
+    each = wide.randn(3).reshape(3, 2100, 3)
+    assert torch.equal(Streams(5, range(2100)).expand(2).randn(3).reshape(2, 2100, 3), each[:2])
+    assert torch.equal(Streams(5, range(1024)).expand(1).randn(3), each[0, :1024])
+    among = torch.corrcoef(torch.stack([first.flatten(), *each.flatten(1), items.randn(3).flatten()]))
+    assert float((among - torch.eye(5)).abs().max()) < 5 / first.numel() ** 0.5
+    assert len({float(part) for part in items.expand(2).expand(2).randn(1).flatten()}) > 0.99 * 4 * len(items)
 
 
 # --- conjugate gradients -------------------------------------------------------------------------------------------------

@@ -119,7 +119,9 @@ def test_targets_are_listed(density):
     rows = {line.split()[0]: line for line in out.splitlines() if line.split()}
     assert code == 0 and set(available_targets()) <= set(rows)
     assert (
-        "-108.46 to -108.34" in rows["sonar"] and " yes " in rows["nine_modes"] and "--set seed=" in rows["many_modes"]
+        "-108.392 to -108.374" in rows["sonar"]
+        and " yes " in rows["nine_modes"]
+        and "--set seed=" in rows["many_modes"]
     )
     code, out, _ = density("targets", "funnel")
     assert code == 0 and re.search(r"^dim\s+int\s+10\s+d, at least 2", out, re.MULTILINE)

@@ -15,7 +15,7 @@ from fewstep.core.schedule import VariancePreserving
 from fewstep.core.together import Together
 from fewstep.objectives.adversarial import Critic, CriticConfig, fake_loss, generator_loss, real_loss
 from fewstep.objectives.denoising import DenoisingScoreMatching
-from fewstep.objectives.embeddings import Features, MeasuredPatches, Patches, measured
+from fewstep.objectives.embeddings import Features, MeasuredPatches, Patches, marginals, measured
 from fewstep.objectives.energy import energy_score
 from fewstep.objectives.matching import DistributionMatching, fake_score
 from fewstep.objectives.perceptual import lpips_distance, lpips_features
@@ -106,6 +106,29 @@ def test_the_metric_of_the_likelihood():
     torch.testing.assert_close(item_dot(one - two, one - two), item_dot(image, image) / sigma**2 + item_dot(v, v))
     with pytest.raises(TypeError, match="not linear-Gaussian"):
         measured(a, FlatLikelihood((4,), 3))
+
+
+def test_marginals_are_the_coordinates_of_the_metric():
+    likelihood = GaussianLikelihood(randn(3, 2), MatrixOperator(randn(2, 4)), 0.1)
+    x = randn(6, 4, seed=1)
+    (vector,), (places,) = measured(x, likelihood), marginals(x, likelihood)
+    assert places.shape == (6, 1, 6)
+    torch.testing.assert_close(places[:, 0], vector[..., 0] * 6**0.5)
+
+
+def evidence(embed, dim=16, items=4000):
+    """Return the score's slope in the sd of one of `dim` independent coordinates, at 0.8 of the true one, in standard errors."""
+    likelihood = GaussianLikelihood(torch.zeros(items, 1), MatrixOperator(torch.zeros(1, dim)), 1.0)
+    sd = torch.full((items,), 0.8, requires_grad=True)
+    draws = randn(DRAWS * items, dim)
+    narrow = torch.cat([draws[:, :1] * sd.repeat(DRAWS)[:, None], draws[:, 1:]], 1)
+    values = energy_score(embed(narrow, likelihood), embed(randn(items, dim, seed=1), likelihood), DRAWS)
+    slope, error = mean_and_error(torch.autograd.grad(values.sum(), sd)[0])
+    return slope / error
+
+
+def test_marginals_see_the_spread_that_a_whole_vector_hardly_sees():
+    assert evidence(marginals) < 2 * evidence(measured) < -2
 
 
 def test_patches():

@@ -12,7 +12,7 @@ from fewstep.core.noise import Streams
 from fewstep.core.schedule import Brownian, VariancePreserving
 from fewstep.densities.estimators.jacobian import determinant
 from fewstep.densities.students._maps import EDMMap, FlowMap, MapConfig, ResidualMap, ScaledMap, passed, warm_start
-from fewstep.densities.students._polish import Polish, saturating, unfolding
+from fewstep.densities.students._polish import Polish, both_ways, saturating, unfolding
 from fewstep.densities.students._sampler import MapSampler, jumped, renoised
 from fewstep.densities.students._trajectories import Incomplete, Trajectories, euler_in_time, flow_points
 from fewstep.densities.students.cdds import CDDS, FlowRegression, Followed, SelfConsistency, ready
@@ -173,15 +173,30 @@ def test_polishing_loss_has_its_minimum_at_the_exact_map_and_fines_folds():
         value, figures = loss._on_weights(flow_map, 1, Streams(0, range(n)))
         return value, figures, torch.autograd.grad(value, flow_map.matrix)[0]
 
-    _, figures, slope = at(root, GAUSSIAN.mean)
+    least, figures, slope = at(root, GAUSSIAN.mean)
     assert abs(figures["elbo"] - 0.7) < 1e-3 and figures["folds"] == 0, "all weights are Z"
-    assert float(slope.abs().max()) < 4 * 2 / math.sqrt(n)
-    _, wide, pushed = at(1.5 * root, GAUSSIAN.mean)
+    assert abs(float(least.detach())) < 1e-5 and float(slope.abs().max()) < 1e-4, "draw by draw, without noise"
+    value, wide, pushed = at(1.5 * root, GAUSSIAN.mean)
     assert wide["elbo"] < 0.7 - 0.3 and float((pushed * root).sum()) > 0.1
+    both = 1.5**2 + 1.5**-2 - 2  # of N(0, s^2) and N(0, 1) in two dimensions, in both directions together
+    assert abs(float(value.detach()) / both - 1) < 0.1 and both > 1.1 * (1.5**2 - 1 - math.log(1.5**2)), (
+        "not one way alone"
+    )
+    _, _, pulled = at(0.8 * root, GAUSSIAN.mean)
+    assert float((pulled * root).sum()) < -0.1
     folded, figures, _ = at(root @ torch.diag(torch.tensor([1.0, -1.0])), GAUSSIAN.mean)
     assert figures["folds"] == 1 and float(folded.detach()) > 10, "more than any weight gains"
     tail = torch.tensor([-5.0, -5.001, -1e6])
     assert torch.allclose(saturating(tail)[:2], tail[:2], atol=1e-5) and -2010 < float(saturating(tail)[2]) < -1990
+
+
+def test_both_ways_is_the_sum_of_two_relative_entropies_with_tangents():
+    u = torch.linspace(-4, 2.9, 50, dtype=torch.float64)
+    assert torch.allclose(both_ways(u), u * (u.exp() - 1))
+    far = torch.tensor([3.0, 3.001, 100.0], dtype=torch.float64)
+    value = both_ways(far)
+    slope = (value[1] - value[0]) / 0.001
+    assert abs(float(slope) / (math.exp(3) * 4 - 1) - 1) < 1e-6 and torch.allclose((value[2] - value[0]) / 97, slope)
 
 
 def test_determinants_of_polishing_are_the_exact_ones():

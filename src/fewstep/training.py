@@ -150,6 +150,8 @@ class Trainer:
         self.out = Path(self.out)
         self.model.to(self.accelerator.device).train()
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
+        # walking through modules takes its time
+        self._weights: list[list[Tensor]] = [list(m.parameters()) for m in (self.ema, self.model)]
         self.players = {name: list(ps) for name, ps in self.objective.players(self.model).items()}
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         self._owners = {name: self._owner(name) for name in self.players}
@@ -247,8 +249,7 @@ class Trainer:
     def _average(self) -> None:
         """Move the averaged weights towards the current ones; buffers are copied."""
         decay = min(self.options.ema, (1 + self.step) / (10 + self.step))
-        averages: list[Tensor] = list(self.ema.parameters())
-        current: list[Tensor] = list(self.model.parameters())
+        averages, current = self._weights
         torch._foreach_lerp_(averages, current, 1 - decay)
         for average, buffer in zip(self.ema.buffers(), self.model.buffers(), strict=True):
             average.copy_(buffer)
@@ -267,7 +268,7 @@ class Trainer:
 
     def _optimizer(self, params: list[nn.Parameter]) -> torch.optim.Optimizer:
         o = self.options
-        return torch.optim.AdamW(params, lr=o.lr, betas=o.betas, weight_decay=o.weight_decay)
+        return torch.optim.AdamW(params, lr=o.lr, betas=o.betas, weight_decay=o.weight_decay, fused=True)
 
     def _autocast(self) -> torch.autocast:
         device = self.accelerator.device.type

@@ -17,6 +17,7 @@ from fewstep.core.grid import times_of
 from fewstep.core.likelihood import Likelihood
 from fewstep.core.schedule import VariancePreserving
 from fewstep.methods.ud2m import UD2M
+from fewstep.objectives.embeddings import marginals, measured
 from fewstep.objectives.ud2m import Weights
 
 SIZES = (1, 2, 3, 4, 8)  # of K, and of N
@@ -28,6 +29,7 @@ ALL = Weights(energy=1.0, noise=0.1, adversarial=0.1, matching=0.1)
 TERMS = ("energy", "noise", "adversarial", "matching")
 NOTES = (
     "ablations: one choice at a time around `consistent`, K = 3, trained on the energy score alone, at N = 3 and N = 1.",
+    "loss: the energy scores are that of the whole vector and that of every coordinate, in the likelihood's metric, unless said.",
     f"loss: all terms at weights {', '.join(f'{name} {getattr(ALL, name):g}' for name in TERMS)}; LPIPS needs images. "
     "The paper's are noise prediction, critic and LPIPS.",
     "rank: the decoder is a small network trained to be the prior's denoiser, adapted by LoRA of that rank on its linear layers, "
@@ -97,7 +99,8 @@ def loss() -> Entries:
     paper = replace(ALL, energy=0.0, matching=0.0)
     chosen = {"all": ALL, **off, "noise and adversarial": paper, "energy alone": Weights()}
     yield from _at_steps({label: replace(consistent(), weights=weights) for label, weights in chosen.items()})
-    yield from _at_steps({"energy alone, Euclidean": replace(consistent(), embedding=euclidean)})
+    spaces = {"whole vectors": (measured,), "marginals": (marginals,), "Euclidean": (euclidean,)}
+    yield from _at_steps({f"energy alone, {name}": replace(consistent(), embeddings=e) for name, e in spaces.items()})
 
 
 def preset() -> Entries:

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rich.progress import track
 
@@ -25,8 +25,8 @@ from fewstep.bench.density_tables import EQUAL, costed, ordered, starred, summar
 from fewstep.bench.log import Log
 from fewstep.bench.trials import kept
 from fewstep.core.density import TargetDensity
+from fewstep.densities.base import Transport
 from fewstep.densities.draws import Draws
-from fewstep.densities.students._sampler import MapSampler
 from fewstep.densities.targets import target
 
 FILES = {"sonar": "sonar.csv", "ionosphere": "ionosphere.csv", "cox": "pines.csv"}
@@ -35,17 +35,20 @@ NOTES = (
     "over pairs of exact sets of that number. W1, W2: exact transport; Sinkhorn: debiased and converged, squared cost; SW: sliced "
     "2-Wasserstein; energy: over all pairs, a row with itself too, so that it is positive; KSD: where no exact draws exist.",
     f"{PUBLISHED}: as the published tables have it, and only to stand beside them.",
-    "weights: unbiased, or none (no log Z can be had). low, high: 95 % interval of log Z, without an upper end where k-hat forbids "
-    "one; covers: whether it holds the truth, open where it has no upper end. refused: draws without a valid weight, of a map that "
-    "folds. A value with ± is a mean over seeds with its 95 % interval; log Z and the ends of its interval are then means too.",
-    "resampled: one-step draws by their weights. then SMC: sequential Monte Carlo that starts around the draws; its log Z is the "
-    "corrected one.",
+    "weights: unbiased, or none (no log Z can be had). ELBO: mean log w, at most log Z in expectation, left out where a map "
+    "was seen to fold; EUBO: the same over exact draws, at least log Z. low, high: 95 % interval of log Z, without an upper end "
+    "where k-hat forbids one; covers: whether it holds the truth, open where it has no upper end. refused: draws without a valid "
+    "weight, of a map that folds. A value with ± is a mean over seeds with its 95 % interval; log Z and the ends of its "
+    "interval are then means too.",
+    "resampled: one-step draws by their weights. then SMC: sequential Monte Carlo in the noise that the one-step map starts "
+    "from; its log Z is the corrected one.",
     "training: calls of networks, of log rho and of its gradient, one per point, with those of the teacher; core minutes are "
     "processor time of one thread.",
     "equal budget: values and gradients of the target together, those of the one-step sampler's training and of its draws; replica "
     "exchange and SMC get as many, warm-up included. Best in its column: *. Distances below the floor are noise.",
-    "dis, matched: teachers, on grids of so many steps. cdds, cdds-matched: their students by our recipe; cdds-paper: a student of "
-    "dis by the published one; cdds-exchange: the student of a mixture that was fitted to draws of replica exchange.",
+    "laplace: the Gaussian that fits at the mode, which is one linear step. dis, matched: teachers, on grids of so many steps. "
+    "cdds, cdds-matched: their students by our recipe; cdds-paper: a student of dis by the published one; cdds-exchange: the "
+    "student of a mixture that was fitted to draws of replica exchange.",
     "speed: processor time per sample in one run; iteration / calls: an iteration of training over the bare calls of its networks "
     "(with gradients where training takes them) and of the target.",
 )
@@ -82,10 +85,12 @@ def main(  # noqa: PLR0913 - one parameter is one option
     simulated: int = 32,
     distill_steps: int = 8000,
     rows: int = 32_768,
+    polish: int | None = None,
     num_samples: int = 4096,
     transported: int = 1024,
     published: int = 2500,
     speed: bool = True,
+    equal: bool = True,
 ) -> Report:
     """Train and measure, print the tables, write the JSON report to `out` where given, and return it.
 
@@ -102,23 +107,33 @@ def main(  # noqa: PLR0913 - one parameter is one option
         simulated: steps of these paths.
         distill_steps: optimiser steps of students.
         rows: trajectories that students learn from.
+        polish: their last optimiser steps, on exact weights, which cost a Jacobian each; those of `CDDS` where it is None.
         num_samples: draws that are measured, a multiple of 256.
         transported: rows of exact and debiased transport.
         published: rows of the published figure.
         speed: whether one step is timed against the teacher at 128 steps, and an iteration against its calls.
+        equal: whether Monte Carlo is run with as many calls of the target, which takes about as long as the trainings.
 
     Raises:
         ValueError: an unknown target or method, no seeds, or a number of draws that does not divide.
     """
     check(methods, seeds, num_samples)
-    setup = Setup(train_steps, batch, simulated, distill_steps, rows)
+    setup = Setup(train_steps, batch, simulated, distill_steps, rows, polish=polish)
     plan, sizes = Plan(methods, steps, path_steps, seeds), Sizes(transported, published, num_samples)
     path = None if out is None else Path(out).with_suffix(".jsonl")
     tables: dict[str, list[dict[str, Any]]] = {}
     for name in targets:
         log = Log(path, mark(name, setup, sizes))
-        tables |= Bench(name, known(name, data), setup, plan, sizes, log).tables(speed)
-    given = {**asdict(setup), **asdict(plan), **asdict(sizes), "targets": targets, "data": data, "speed": speed}
+        tables |= Bench(name, known(name, data), setup, plan, sizes, log).tables(speed, equal)
+    given = {
+        **asdict(setup),
+        **asdict(plan),
+        **asdict(sizes),
+        "targets": targets,
+        "data": data,
+        "speed": speed,
+        "equal": equal,
+    }
     return Report("densities", given, tables, NOTES).finish(out)
 
 
@@ -154,14 +169,14 @@ class Bench:
         folder = home / f"{name}-{log.mark}"
         self.shops = [Workshop(density, setup, seed, folder / str(seed)) for seed in range(plan.seeds)]
 
-    def tables(self, speed: bool) -> dict[str, list[dict[str, Any]]]:
+    def tables(self, speed: bool, equal: bool) -> dict[str, list[dict[str, Any]]]:
         """Return the tables of the target by title; those without rows are left out."""
         drawn = ordered(list(self.drawn()))
         ours = {" ".join(str(row[k]) for k in ("method", "steps") if row[k]): row for row in drawn}
         found = {
             "draws": drawn,
             "training": list(self.training()),
-            "equal budget": list(self.equal()),
+            "equal budget": list(self.equal()) if equal else [],
             "published figures": beside(self.name, self._few(ours)),
             "speed": list(self.timed()) if speed else [],
         }
@@ -172,7 +187,7 @@ class Bench:
         first = {"method": "exact draws" if self.truth.exact else "SMC reference", "steps": None}
         yield first | kept(self.log, "floor", self.truth.floors)
         for name in track(self.plan.methods, self.name, transient=True):
-            for steps in self.plan.steps if self._maps(name) else self.plan.path_steps:
+            for steps in self._steps(name):
                 yield {"method": name, "steps": steps} | self._over_seeds(f"{name} {steps}", self._row(name, steps))
             if self._maps(name):
                 resampled = self._over_seeds(f"{name} resampled", self._resampled(name))
@@ -210,7 +225,8 @@ class Bench:
 
     def _row(self, name: str, steps: int) -> Callable[[Workshop], dict[str, Any]]:
         def row(shop: Workshop) -> dict[str, Any]:
-            return costed(self.truth, self._draws(shop, name, steps))
+            upper = self.truth.upper_bound(shop.trained(name).sampler, steps)
+            return costed(self.truth, self._draws(shop, name, steps)) | upper
 
         return row
 
@@ -222,8 +238,7 @@ class Bench:
 
     def _corrected(self, name: str) -> Callable[[Workshop], dict[str, Any]]:
         def row(shop: Workshop) -> dict[str, Any]:
-            whitened = shop.trained(name).sampler.whitened
-            found = self.truth.corrected(self._draws(shop, name, 1), whitened, shop.seed)
+            found = self.truth.corrected(cast(Transport, shop.trained(name).sampler), shop.seed)
             return costed(self.truth, found, found.resample(seed=shop.seed))
 
         return row
@@ -245,7 +260,10 @@ class Bench:
         return shop.trained(name).budget.drawing(self._draws(shop, name, 1))
 
     def _maps(self, name: str) -> bool:
-        return isinstance(self.shops[0].trained(name).sampler, MapSampler)
+        return isinstance(self.shops[0].trained(name).sampler, Transport)
+
+    def _steps(self, name: str) -> Sequence[int]:
+        return METHODS[name].steps or (self.plan.steps if self._maps(name) else self.plan.path_steps)
 
     def _few(self, rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
         """Return the rows that stand beside published figures: exact draws, one step, the most steps."""

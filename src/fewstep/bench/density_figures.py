@@ -14,15 +14,22 @@ from torch import Tensor
 from fewstep.bench.common import failed
 from fewstep.core.density import TargetDensity
 from fewstep.core.noise import Streams, mix
-from fewstep.densities.corrections import smc_on_top
+from fewstep.densities.base import DensitySampler, Transport
+from fewstep.densities.corrections import smc_through
 from fewstep.densities.draws import Draws
+from fewstep.densities.estimators.weights import bound
+from fewstep.densities.laplace import laplace
+from fewstep.densities.mcmc.crank_nicolson import CrankNicolson
+from fewstep.densities.mcmc.hamiltonian import Hamiltonian
 from fewstep.densities.mcmc.sequential import SequentialMonteCarlo
-from fewstep.densities.whitened import Whitened, whiten
+from fewstep.densities.whitened import whiten
 from fewstep.metrics import mode_weights, sliced_wasserstein, stein_discrepancy
 from fewstep.metrics.transport import sinkhorn_divergence, wasserstein
 
 PUBLISHED = "papers' entropic W1, not converged"
+ABOVE, BELOW = "above log Z: no bound", "below log Z: no bound"
 _FLOORS = 3  # pairs of exact sets
+_DENSE = 100  # dimensions up to which short chains see a covariance
 
 
 def energy(a: Tensor, b: Tensor) -> float:
@@ -100,8 +107,12 @@ class Truth:
         n = 2 * _FLOORS * self.sizes.most
         if self.exact:
             return Draws(self.target.sample(Streams(mix(self.seed, 77), range(n))))
-        whitened = whiten(self.target, seed=self.seed)
-        return SequentialMonteCarlo(particles=2048, moves=2).sample(whitened, n, seed=mix(self.seed, 77))
+        if self.target.dim > _DENSE:
+            method = SequentialMonteCarlo(CrankNicolson(), self.sizes.most, moves=5)
+            return smc_through(laplace(self.target), n, method=method, seed=mix(self.seed, 77))
+        whitened = whiten(self.target, dense=True, seed=self.seed)
+        method = SequentialMonteCarlo(Hamiltonian(4), self.sizes.most, moves=1)
+        return method.sample(whitened, n, seed=mix(self.seed, 77))
 
     @cached_property
     def sets(self) -> list[Tensor]:
@@ -114,6 +125,14 @@ class Truth:
         """The log Z that is known, or the middle of what is known of it."""
         bounds = self.target.log_z_bounds
         return self.target.log_z if bounds is None else (bounds.low + bounds.high) / 2
+
+    @cached_property
+    def known(self) -> tuple[float, float]:
+        """Between what log Z lies for certain."""
+        bounds = self.target.log_z_bounds
+        if self.target.log_z is not None:
+            return self.target.log_z, self.target.log_z
+        return (bounds.low, bounds.high) if bounds is not None else (-math.inf, math.inf)
 
     def floors(self) -> dict[str, Any]:
         """Return the row of exact draws: the mean of every distance over pairs of sets of equal size."""
@@ -133,11 +152,31 @@ class Truth:
         if draws.kind != "unbiased":
             return row
         low, high = draws.log_z_interval()
-        row |= {"ESS": draws.ess, "k-hat": draws.khat, "ELBO": draws.elbo}
+        row |= {"ESS": draws.ess, "k-hat": draws.khat, "ELBO": self.lower_bound(draws)}
         row |= {"log Z": draws.log_z, "low": low, "high": high}
         if self.log_z is not None:
             row |= {"log Z error": abs(draws.log_z - self.log_z), "covers": self._covered(low, high)}
         return row
+
+    def lower_bound(self, draws: Draws) -> float | str | None:
+        """Return the ELBO, or None where weights do not bound log Z: of a kind that does not, or of a map that was seen to fold.
+
+        One that lies above log Z by more than its error allows says that something is wrong, and is not shown as a bound.
+        """
+        if draws.kind not in ("unbiased", "bound") or draws.nonfinite:
+            return None
+        value, error = bound(draws.weights_for("elbo"), draws.group)
+        return value if not value - 4 * error > self.known[1] else ABOVE
+
+    def upper_bound(self, sampler: DensitySampler, steps: int) -> dict[str, Any]:
+        """Return the EUBO from exact draws, where they exist and the sampler runs backwards; the same word below log Z."""
+        if not self.exact:
+            return {}
+        try:
+            value, error = sampler.eubo(self.sets[1][: self.sizes.transport // 4], steps)
+        except NotImplementedError:
+            return {}
+        return {"EUBO": value if not value + 4 * error < self.known[0] else BELOW}
 
     def distances(self, x: Tensor) -> dict[str, Any]:
         """Return the distances of x, (N, d), to the first set; rows that are not finite are left out, as many of both sets."""
@@ -162,16 +201,14 @@ class Truth:
             "modes": f"{int((share > wanted / 10).sum())}/{len(wanted)}",
         }
 
-    def corrected(self, draws: Draws, whitened: Whitened, seed: int) -> Draws:
-        """Return the draws of sequential Monte Carlo that starts around the given ones: the correction that always applies."""
-        method = SequentialMonteCarlo(particles=self.sizes.most // 8, moves=2)
-        return smc_on_top(draws, whitened, 8 * method.particles, method=method, seed=seed)
+    def corrected(self, sampler: Transport, seed: int) -> Draws:
+        """Return the draws of sequential Monte Carlo in the noise that a one-step map starts from."""
+        method = SequentialMonteCarlo(CrankNicolson(), self.sizes.most // 8, moves=3)
+        return smc_through(sampler, self.sizes.most, method=method, seed=seed)
 
     def _covered(self, low: float, high: float) -> str:
         """Return whether an interval and what is known of log Z share a point; one without an end that does says little: "open"."""
-        bounds, log_z = self.target.log_z_bounds, self.log_z or 0.0
-        known = (log_z, log_z) if bounds is None or self.target.log_z is not None else (bounds.low, bounds.high)
-        inside = low <= known[1] and known[0] <= high
+        inside = low <= self.known[1] and self.known[0] <= high
         return ("open" if math.isinf(high) else "yes") if inside else "no"
 
     def _stein(self, x: Tensor) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass, field, replace
 from pathlib import Path
@@ -22,6 +22,7 @@ from fewstep.densities.base import DensitySampler, load_density_sampler
 from fewstep.densities.distill import distill
 from fewstep.densities.draws import Draws
 from fewstep.densities.fit import fit
+from fewstep.densities.laplace import laplace
 from fewstep.densities.mcmc.hamiltonian import Hamiltonian
 from fewstep.densities.mcmc.replica_exchange import ReplicaExchange
 from fewstep.densities.mcmc.sequential import SequentialMonteCarlo
@@ -43,6 +44,7 @@ class Setup:
         rows: trajectories of the teacher that students learn from.
         draws: of replica exchange, for teachers that are fitted to draws.
         components: of the mixture that is fitted to them.
+        polish: optimiser steps of students on their exact weights; those of `CDDS` where it is None.
     """
 
     train_steps: int = 2000
@@ -52,6 +54,13 @@ class Setup:
     rows: int = 32_768
     draws: int = 8192
     components: int = 64
+    polish: int | None = None
+
+    @property
+    def student(self) -> CDDS:
+        """How students are distilled by our recipe."""
+        method = CDDS(rows=self.rows)
+        return method if self.polish is None else replace(method, polish=self.polish)
 
 
 @dataclass
@@ -199,14 +208,19 @@ class Workshop:
 
 BATCH = 512  # of students
 RUNS = 8  # of sequential Monte Carlo, whose spread is its error
-EXCHANGE = ReplicaExchange(Hamiltonian(4, 0.8, reach=100.0), levels=8, chains=64)
+KERNEL = Hamiltonian(4, 0.8, reach=100.0)
+EXCHANGE = ReplicaExchange(KERNEL, levels=8, chains=64)
 
 
 class Recipe(NamedTuple):
-    """How a method is trained; `teacher` is the method that its teacher is trained by, empty where it has none."""
+    """How a method is trained; `teacher` is the method that its teacher is trained by, empty where it has none.
+
+    `steps` are given where others would make no difference.
+    """
 
     make: Callable[[Workshop, TargetDensity, Any], DensitySampler]
     teacher: str = ""
+    steps: Sequence[int] = ()
 
 
 def from_scratch(name: str) -> Recipe:
@@ -223,7 +237,7 @@ def student_of(name: str, preset: str | None = None) -> Recipe:
     """Return how a student of the method called `name` is trained: our recipe, or a preset of CDDS."""
 
     def make(shop: Workshop, target: TargetDensity, teacher: Any) -> DensitySampler:
-        method = CDDS.preset(preset) if preset else CDDS(rows=shop.setup.rows)
+        method = CDDS.preset(preset) if preset else shop.setup.student
         return distill(teacher, method, train_steps=shop.setup.distill_steps, batch=BATCH, seed=shop.seed)
 
     return Recipe(make, name)
@@ -231,7 +245,7 @@ def student_of(name: str, preset: str | None = None) -> Recipe:
 
 def from_exchange(shop: Workshop, target: TargetDensity, _: Any) -> DensitySampler:
     """Return a student of the mixture that is fitted to draws of replica exchange: no network but its own."""
-    setup, method, whitened = shop.setup, CDDS(rows=shop.setup.rows), whiten(target, seed=shop.seed)
+    setup, method, whitened = shop.setup, shop.setup.student, whiten(target, seed=shop.seed)
     draws = replace(EXCHANGE, thin=2).sample(whitened, setup.draws, seed=mix(shop.seed, 1), dtype=torch.float32)
     fitted = MixturePrior(*fit_mixture(whitened.to_y(draws.x), setup.components, seed=shop.seed))
     return distill(
@@ -245,6 +259,7 @@ METHODS: dict[str, Recipe] = {
     "cdds-paper": student_of("dis", "paper"),
     "cdds-matched": student_of("matched"),
     "cdds-exchange": Recipe(from_exchange),
+    "laplace": Recipe(lambda shop, target, _: laplace(target), steps=(1,)),
 }
 
 
@@ -252,7 +267,7 @@ def exchange_at(target: TargetDensity, evaluations: int, n: int, seed: int) -> D
     """Return n draws of replica exchange for about so many values and gradients of the target, fewer where it is few steps."""
     whitened = whiten(target, seed=seed)
     one = EXCHANGE
-    per_step = 2 * one.levels * one.chains * (one.kernel.leaps + 1)
+    per_step = 2 * one.levels * one.chains * (KERNEL.leaps + 1)
     steps = max(evaluations // per_step, 2)
     warmup = min(one.warmup, steps // 3)
     length = min(n // one.chains, steps - warmup)

@@ -27,37 +27,61 @@ def speeds(shop: Workshop, name: str) -> dict[str, Any]:
         cast(PathSampler, shop.trained(METHODS[name].teacher).sampler),
         cast(MapSampler, shop.trained(name).sampler),
     )
-    one = fastest(lambda: student.sample(SAMPLES, 1, weights=False), 5) / SAMPLES
-    weighted = fastest(lambda: student.sample(SAMPLES, 1), 2) / SAMPLES
-    many = fastest(lambda: teacher.sample(SAMPLES, TEACHER_STEPS, weights=False), 2) / SAMPLES
+    one, weighted, many = fastest(
+        5,
+        lambda: student.sample(SAMPLES, 1, weights=False),
+        lambda: student.sample(SAMPLES, 1),
+        lambda: teacher.sample(SAMPLES, TEACHER_STEPS, weights=False),
+    )
     return {
-        "1 step, us": 1e6 * one,
-        "with weights, us": 1e6 * weighted,
-        "teacher 128 steps, us": 1e6 * many,
+        "1 step, us": 1e6 * one / SAMPLES,
+        "with weights, us": 1e6 * weighted / SAMPLES,
+        "teacher 128 steps, us": 1e6 * many / SAMPLES,
         "faster by": many / one,
-        "dis: iteration / calls": path_iteration(teacher.whitened, shop.setup)
-        / path_calls(teacher.whitened, shop.setup),
-        "cdds: iteration / calls": map_iteration(teacher, student) / map_calls(student),
+        "dis: iteration / calls": path_overhead(teacher.whitened, shop.setup),
+        "cdds: iteration / calls": map_overhead(teacher, student),
     }
 
 
-def fastest(run: Callable[[], object], repeats: int) -> float:
-    """Return the least processor time of so many runs, seconds, after one that is not timed."""
-    run()
-    return min(_seconds(run) for _ in range(repeats))
+def fastest(repeats: int, *runs: Callable[[], object]) -> list[float]:
+    """Return the least processor time of each run, seconds, after one that is not timed; they take turns."""
+    for run in runs:
+        run()
+    return [min(times) for times in zip(*([_seconds(run) for run in runs] for _ in range(repeats)), strict=True)]
 
 
-def path_iteration(whitened: Whitened, setup: Setup, steps: int = 12) -> float:
-    """Return processor seconds of one iteration of `fit` on DIS, from trainings of two lengths."""
+def path_overhead(whitened: Whitened, setup: Setup, steps: int = 12) -> float:
+    """Return processor time of an iteration of `fit` on DIS over that of its bare calls."""
 
     def run(count: int) -> None:
         train(whitened, DIS(steps=setup.path_steps), None, FitOptions(train_steps=count, batch=setup.batch))
 
-    return (fastest(lambda: run(2 * steps), 2) - fastest(lambda: run(steps), 2)) / steps
+    return overhead(run, path_calls(whitened, setup), steps)
 
 
-def path_calls(whitened: Whitened, setup: Setup) -> float:
-    """Return processor seconds of the calls of one iteration: a path without gradients, all its points with, log rho once."""
+def map_overhead(teacher: PathSampler, student: MapSampler, steps: int = 100) -> float:
+    """Return processor time of an iteration of `distill`, its trajectories left aside, over that of its bare calls."""
+    method = CDDS(rows=1024, size=student.flow_map.config, polish=0)
+
+    def run(count: int) -> None:
+        distill(teacher, method, train_steps=count, batch=BATCH)
+
+    return overhead(run, map_calls(student), steps)
+
+
+def overhead(run: Callable[[int], None], calls: Callable[[], object], steps: int) -> float:
+    """Return the time of one of the iterations of `run`, from trainings of two lengths, over that of `calls`."""
+
+    def bare() -> None:
+        for _ in range(steps):
+            calls()
+
+    short, long, least = fastest(3, lambda: run(steps), lambda: run(2 * steps), bare)
+    return (long - short) / least
+
+
+def path_calls(whitened: Whitened, setup: Setup) -> Callable[[], None]:
+    """Return the calls of one iteration: a path without gradients, all its points with, log rho once."""
     control = DIS(steps=setup.path_steps).control(whitened)
     y = Streams(0, range(setup.batch)).randn(whitened.dim)
     times = torch.linspace(1, 0.01, setup.path_steps)
@@ -72,26 +96,20 @@ def path_calls(whitened: Whitened, setup: Setup) -> float:
         found = control.moments(points, times[:, None], torch.stack([g for g in guides if g is not None]))
         (found.drift.sum() + found.spread.sum()).backward()
 
-    return fastest(run, 5)
+    return run
 
 
-def map_iteration(teacher: PathSampler, student: MapSampler, steps: int = 100) -> float:
-    """Return processor seconds of one iteration of `distill`, its trajectories left aside."""
-    method = CDDS(rows=1024, size=student.flow_map.config, polish=0)
-
-    def run(count: int) -> None:
-        distill(teacher, method, train_steps=count, batch=BATCH)
-
-    return (fastest(lambda: run(2 * steps), 2) - fastest(lambda: run(steps), 2)) / steps
-
-
-def map_calls(student: MapSampler) -> float:
-    """Return processor seconds of the map's calls of an iteration with their gradient, on pairs of times as in training."""
+def map_calls(student: MapSampler) -> Callable[[], None]:
+    """Return the map's calls of an iteration with their gradient, on pairs of times as in training."""
     flow_map = MapSampler.restore(student.whitened, student.config(), student.tensors()).flow_map.requires_grad_()
     noise = Streams(0, range(2 * BATCH if CDDS().apart else BATCH))  # each point has a neighbour
     y, levels = noise.randn(flow_map.dim), (16 * noise.rand(2)).ceil() / 16
     later, earlier = levels.amax(1), levels.amin(1) - 1 / 16
-    return fastest(lambda: flow_map(y, later, earlier).square().sum().backward(), 20)
+
+    def run() -> None:
+        flow_map(y, later, earlier).square().sum().backward()
+
+    return run
 
 
 def _seconds(run: Callable[[], object]) -> float:

@@ -24,6 +24,7 @@ ORDER = (
     "ESS",
     "k-hat",
     "ELBO",
+    "EUBO",
     "log Z",
 )
 EQUAL = (
@@ -70,9 +71,16 @@ def _over(values: Sequence[Any]) -> Any:
 
 
 def ordered(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the rows with the columns of `ORDER` first, the interval of log Z behind it."""
+    """Return the rows with the columns of `ORDER` first, the interval of log Z behind it, and nats to a thousandth."""
     first = (*ORDER, "low", "high")
-    return [{key: row.get(key) for key in first} | dict(row) for row in rows]
+    nats = first[first.index("ELBO") :]
+    found = [{key: row.get(key) for key in first} | dict(row) for row in rows]
+    return [row | {key: _thousandths(row[key]) for key in nats} for row in found]
+
+
+def _thousandths(value: Any) -> Any:
+    """Return a number that `cell` would round to tenths as text with three decimals: tenths hide what is asked of log Z."""
+    return f"{value:.3f}" if isinstance(value, float) and 10 <= abs(value) < math.inf else value
 
 
 def starred(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

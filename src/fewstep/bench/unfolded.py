@@ -1,7 +1,7 @@
 """`fewstep bench unfolded`: UD2M before and after training, on mixtures whose posterior is known, beside the other methods.
 
 The network is trained here, with the objective, the trainer and the sampler that photographs use; only its decoder (the exact
-denoiser plus a small correction) and the metric of the energy score (that of the likelihood) belong to the exact problem.
+denoiser plus a small correction) and the metric of the energy scores (that of the likelihood) belong to the exact problem.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ NOTES = (
     "SW/floor: sliced 2-Wasserstein distance to exact samples over that of another exact set of the same size.",
     "SBC: smallest p-value of uniform ranks over the coordinates, times their number (Bonferroni); TARP: p-value of expected "
     "coverage; both are small where the sampler is not calibrated. The exact row shows what right samples give.",
-    "A trained row was trained in this run; 'seconds' of it is the training, of the others the sampling.",
-    "The presets of ud2m differ in levels, start and outer kernel; both are trained on the energy score in the likelihood's metric.",
+    "A trained row was trained in this run; 'seconds' of it are processor seconds of the training, of the others the sampling's.",
+    "The presets of ud2m differ in levels, start and outer kernel; both are trained on energy scores in the likelihood's metric: of "
+    "the whole vector and of every coordinate.",
 )
 
 

@@ -50,6 +50,10 @@ class Noise:
     def __len__(self) -> int:
         return len(self.seeds)
 
+    def expand(self, k: int) -> Noise:
+        """Return new streams for k samples of each item, sample j of item b at j B + b, from the seed of the item and j alone."""
+        return self.spawn(self.seeds, range(k), self.dtype, self.device)
+
     def part(self, items: Sequence[int]) -> Noise:
         """Return the streams of some items: what they give is gone from here too."""
         twin = copy.copy(self)
@@ -107,12 +111,20 @@ class Streams(Noise):
     ) -> None:
         if not len(items) or items.start % self.SIZE or items.step != 1:
             raise ValueError(f"items must be a range that starts at a multiple of {self.SIZE}, got {items}")
-        self.dtype, self.device, self._count, self._calls = dtype, torch.device(device), len(items), 0
-        blocks = range(items.start // self.SIZE, -(-items.stop // self.SIZE))
-        self._words = [(seed & (2**64 - 1), block) for block in blocks]
+        self.dtype, self.device, self._calls = dtype, torch.device(device), 0
+        firsts, word = range(items.start, items.stop, self.SIZE), seed & (2**64 - 1)
+        # what the generator of each block starts from, and how many items it serves
+        self._blocks = [((word, first // self.SIZE), min(self.SIZE, items.stop - first)) for first in firsts]
 
     def __len__(self) -> int:
-        return self._count
+        return sum(rows for _, rows in self._blocks)
+
+    def expand(self, k: int) -> Noise:
+        """See `Noise`."""
+        twin = copy.copy(self)
+        twin._blocks = [((mix(word, j), block), rows) for j in range(k) for (word, block), rows in self._blocks]
+        twin._calls = 0
+        return twin
 
     def part(self, items: Sequence[int]) -> Noise:
         """Not offered: blocks cannot be taken apart."""
@@ -128,7 +140,6 @@ class Streams(Noise):
 
     def _draw(self, numbers: Callable[[np.random.Generator, int], np.ndarray]) -> Tensor:
         """Return the next numbers of every item, each call from generators of its own."""
-        rows = [min(self.SIZE, self._count - k * self.SIZE) for k in range(len(self._words))]
-        drawn = [numbers(np.random.default_rng([*w, self._calls]), n) for w, n in zip(self._words, rows, strict=True)]
+        drawn = [numbers(np.random.default_rng([*words, self._calls]), rows) for words, rows in self._blocks]
         self._calls += 1
         return torch.from_numpy(np.concatenate(drawn)).to(self.device, self.dtype)

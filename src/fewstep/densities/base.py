@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import re
 import time
 from abc import ABC, abstractmethod
@@ -15,8 +16,9 @@ from torch import Tensor
 
 from fewstep.core.density import TargetDensity
 from fewstep.core.files import read_header, read_weights, write_weights
-from fewstep.core.noise import Noise, Streams
+from fewstep.core.noise import Noise, Streams, mix
 from fewstep.densities.draws import Draws, Kind
+from fewstep.densities.estimators.weights import bound
 from fewstep.densities.whitened import Whitened
 
 _METHOD = "density-sampler"
@@ -71,6 +73,30 @@ class DensitySampler(ABC):
     def restore(cls, whitened: Whitened, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
         """Return the sampler that `config` and `tensors` were taken from."""
 
+    def backward_weights(self, y: Tensor, steps: int, noise: Noise) -> Tensor:
+        """Return log w of what leads to y, (N, d) whitened, drawn backwards from it, (N,) float64; inf where nothing does.
+
+        With y from the target their mean is the EUBO, above log Z in expectation.
+
+        Raises:
+            NotImplementedError: the sampler cannot be run backwards.
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot be run backwards")
+
+    @final
+    @torch.no_grad()
+    def eubo(self, x: Tensor, steps: int | None = None, *, seed: int = 0) -> tuple[float, float]:
+        """Return the mean log w over exact draws x of the target, (N, d), with its standard error: above log Z in expectation.
+
+        The gap says what the sampler misses, as a mode; infinite where it cannot reach some x at all.
+
+        Raises:
+            NotImplementedError: the sampler cannot be run backwards.
+        """
+        noise = Streams(mix(seed, 5), range(len(x)), device=x.device)
+        log_w = self.backward_weights(self.whitened.to_y(x.float()), self.steps if steps is None else steps, noise)
+        return bound(log_w) if bool(log_w.isfinite().all()) else (math.inf, math.nan)
+
     @final
     @torch.no_grad()
     def sample(
@@ -117,6 +143,24 @@ class DensitySampler(ABC):
             "config": self.config(),
         }
         write_weights(folder, {**self.tensors(), **whitening}, header)
+
+
+class Transport(DensitySampler):
+    """A sampler that is a deterministic map of standard normals z, in one step or several.
+
+    Attributes:
+        renoise: whether several steps noise the sample again, and so are no such map.
+    """
+
+    renoise: bool = False
+
+    @abstractmethod
+    def walked(self, z: Tensor, steps: int, noise: Noise, weights: bool) -> tuple[Tensor, Tensor]:
+        """Return y, (N, d) whitened, from z, (N, d), and log w, (N,) float64, if `weights`, otherwise zeros."""
+
+    @abstractmethod
+    def cost(self, steps: int, weights: bool = True) -> Cost:
+        """Return the calls per sample of `walked`."""
 
 
 def load_density_sampler(folder: str | Path, target: TargetDensity) -> DensitySampler:

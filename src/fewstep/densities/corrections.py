@@ -11,9 +11,12 @@ from torch import Tensor
 
 from fewstep.core.density import TargetDensity
 from fewstep.core.noise import Noise, Streams, mix
+from fewstep.densities.base import Transport
 from fewstep.densities.draws import Draws
+from fewstep.densities.estimators.gaussian import log_normal
 from fewstep.densities.mcmc.base import MonteCarlo
 from fewstep.densities.mcmc.bridge import Bridge, StandardNormal
+from fewstep.densities.mcmc.crank_nicolson import CrankNicolson
 from fewstep.densities.mcmc.hamiltonian import Hamiltonian, mala
 from fewstep.densities.mcmc.sequential import SequentialMonteCarlo
 from fewstep.densities.whitened import Whitened
@@ -173,6 +176,78 @@ def smc_on_top(
         target_calls=found.target_calls + share * draws.target_calls,
         gradient_calls=found.gradient_calls + share * draws.gradient_calls,
         seconds=found.seconds + draws.seconds,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Latent(TargetDensity):
+    """The target seen through a map f: rho(f(z)) |det Df(z)|, of the target's log Z, and N(0, I) itself where f is exact.
+
+    Args:
+        sampler: whose map, jumping where it takes several steps.
+        steps: of the map.
+    """
+
+    sampler: Transport
+    steps: int = 1
+
+    def __post_init__(self) -> None:
+        if self.sampler.renoise and self.steps > 1:
+            raise ValueError("samples that are noised again are no map of their first noise: use one step")
+
+    @property
+    def dim(self) -> int:  # type: ignore[override]
+        """See `TargetDensity`."""
+        return self.sampler.target.dim
+
+    @property
+    def log_z(self) -> float | None:  # type: ignore[override]
+        """See `TargetDensity`: that of the target, where the map is a bijection."""
+        return self.sampler.target.log_z
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """See `TargetDensity`, (N, d) -> (N,) float64; NaN where the map folds."""
+        return self._walked(x, weights=True)[1] + log_normal(x.double())
+
+    def score(self, x: Tensor) -> Tensor:
+        """Refused: the determinant is taken without its own derivative."""
+        raise NotImplementedError("this density has no gradient: use moves that need none, as `CrankNicolson`")
+
+    def to_x(self, z: Tensor) -> Tensor:
+        """Return what the map makes of z, (N, d) -> (N, d), in the coordinates of the target."""
+        return self.sampler.whitened.to_x(self._walked(z, weights=False)[0])
+
+    def _walked(self, z: Tensor, weights: bool) -> tuple[Tensor, Tensor]:
+        unused = Streams(0, range(1), device=z.device)  # jumps take no noise but their start
+        return self.sampler.walked(z.float(), self.steps, unused, weights)
+
+
+@torch.no_grad()
+def smc_through(
+    sampler: Transport, n: int = 8192, *, steps: int = 1, method: SequentialMonteCarlo | None = None, seed: int = 0
+) -> Draws:
+    """Return weighted draws by sequential Monte Carlo in the noise that a map starts from (Hoffman et al. 2019, arXiv:1903.03704).
+
+    The path leads from N(0, I) to the target as the map shows it, rho(f(z)) |det Df(z)|: the better the map, the shorter. The
+    moves need no gradient and have the shape of the target, because the map has it; each costs a determinant. As for the map's
+    own weights, log Z is right where the map is injective: what folds is refused.
+
+    Args:
+        sampler: what `distill` or `laplace` returned.
+        n: draws, a multiple of the particles of a run.
+        steps: of the map.
+        method: the sampler; Crank-Nicolson moves where absent.
+        seed: one integer.
+    """
+    begin, latent = time.perf_counter(), Latent(sampler, steps)
+    found = (method or SequentialMonteCarlo(CrankNicolson(), 1024, moves=5)).sample(latent, n, seed=seed)
+    cost, calls = sampler.cost(steps), 1 + found.target_calls
+    return replace(
+        found,
+        x=latent.to_x(found.x),
+        nfe=cost.nfe * calls,
+        gradient_calls=cost.gradient_calls * calls,
+        seconds=time.perf_counter() - begin,
     )
 
 

@@ -67,6 +67,6 @@ def export(sampler: MapSampler, path: str | Path, steps: int = 1) -> Path:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise ImportError("ONNX files need `pip install onnx onnxscript`") from error
+        raise ImportError("ONNX files need pip install 'fewstep[onnx]'") from error
     torch.onnx.export(exported, (z,), path, input_names=["z"], output_names=["x"], dynamo=True)
     return path

@@ -155,6 +155,22 @@ def simulate(control: Control, kernels: Kernels, noise: Noise, keep: bool = Fals
     return Paths(y, forward, backward, torch.stack(points) if keep else None, seen)
 
 
+def noised(control: Control, kernels: Kernels, y: Tensor, noise: Noise) -> Paths:
+    """Return the path of the noising process from each of y, (n, d): with y from the target, log w averages to the EUBO."""
+    times, last = kernels.times.float().to(noise.device), y
+    forward = torch.zeros(len(y), dtype=torch.float64, device=noise.device)
+    backward = torch.zeros_like(forward)
+    for k, step in reversed(list(enumerate(kernels.steps().tolist()))):
+        z, (a, _, b2, *_) = noise.randn_like(y), step
+        before = a * y + b2**0.5 * z
+        mean, variance = _forward_kernel(before, control.moments(before, times[k], control.guide(before)), step)
+        forward = forward - ((y - mean).square() / variance + variance.log()).sum(-1) / 2
+        backward = backward - z.square().sum(-1) / 2 - y.shape[-1] / 2 * math.log(b2)
+        y = before
+    backward = backward + (y.double().square() + math.log(2 * math.pi)).sum(-1) / 2
+    return Paths(last, forward, backward)
+
+
 def log_forward(control: Control, kernels: Kernels, paths: Paths) -> Tensor:
     """Return the log of the product of `control`'s forward kernels along kept paths, (n,), in one call of its network."""
     points = paths.points

@@ -33,6 +33,20 @@ def measured(x: Tensor, likelihood: Likelihood) -> list[Tensor]:
     return [torch.cat([(observed / like(repeated.sigma, observed)).flatten(1), x.flatten(1)], 1)[..., None]]
 
 
+def marginals(x: Tensor, likelihood: Likelihood) -> list[Tensor]:
+    """Return each of the P coordinates of `measured` as a place of its own, times sqrt(P): one-dimensional scores.
+
+    Lengths of long vectors hardly vary, so that the score of the whole vector hardly sees how far draws are spread: by
+    |x - x'|^2 the spread cancels. The score of one coordinate sees its variance. It knows nothing of dependence, so the two go
+    together.
+
+    Raises:
+        TypeError: the likelihood is not linear-Gaussian.
+    """
+    (vector,) = measured(x, likelihood)
+    return [vector.mT * vector.shape[1] ** 0.5]
+
+
 @dataclass(frozen=True)
 class Patches:
     """All patches of an image at several scales, divided by the square root of their size.

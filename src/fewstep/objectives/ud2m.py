@@ -147,7 +147,7 @@ class UD2M(Objective):
         alpha, sigma = self.prior.schedule(t)
         x_t = like(alpha, x0) * x0 + like(sigma, x0) * noise.randn_like(x0)
         problem = Posterior(self.prior, likelihood).expand(self.draws)
-        streams = Noise.spawn(noise.seeds, range(self.draws), noise.dtype, noise.device)
+        streams = noise.expand(self.draws)
         at, times = repeat(x_t, self.draws), t.repeat(self.draws)
         previous = remembered(contest.network, problem, at, times, streams)
         draws = contest.network(problem, at, times, streams, previous)

@@ -131,6 +131,9 @@ class MixturePrior(Denoiser):
 
     def _log_joint(self, x_t: Tensor, t: Tensor | float) -> Tensor:
         u, v, _ = self._modes(x_t, t)
+        return self._log_at(u, v)
+
+    def _log_at(self, u: Tensor, v: Tensor) -> Tensor:
         log = -0.5 * (u.square() / v + v.log()).sum(-1) - u.shape[-1] / 2 * math.log(2 * math.pi)
         return log + self.weights.log()
 
@@ -138,7 +141,7 @@ class MixturePrior(Denoiser):
         """Return p(component | x_t), (N, M), and E[x_0 | x_t, component], (N, M, D)."""
         u, v, alpha = self._modes(x_t, t)
         conditional = self.means + torch.einsum("mij,nmj->nmi", self.vectors, alpha * self.values / v * u)
-        return self._log_joint(x_t, t).softmax(1), conditional
+        return self._log_at(u, v).softmax(1), conditional
 
     def _quantile_map(self, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
         level = self._log_odds(x_t, t)

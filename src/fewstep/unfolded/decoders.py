@@ -8,6 +8,7 @@ from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fewstep.core.batch import like
 from fewstep.core.denoiser import Denoiser
@@ -119,6 +120,9 @@ class ContextDecoder(AdaptedDecoder):
 class CorrectedDecoder(Decoder):
     """The prior plus tau times a small network of everything in `Inputs`, for vectors of a fixed size.
 
+    Levels of the iterations and times differ widely, and so does what is to be corrected: they scale and shift the hidden units
+    (Perez et al. 2018, arXiv:1709.07871).
+
     Args:
         dim: size of x.
         width: of the two hidden layers.
@@ -126,19 +130,24 @@ class CorrectedDecoder(Decoder):
 
     def __init__(self, dim: int, width: int = 256) -> None:
         super().__init__()
-        self.net = nn.Sequential(
-            nn.Linear(5 * dim + 2, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, dim)
-        )
-        last: nn.Linear = self.net[-1]  # type: ignore[assignment]
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
+        self.first, self.second = nn.Linear(5 * dim, width), nn.Linear(width, width)
+        self.levels = nn.Sequential(nn.Linear(2, 32), nn.SiLU(), nn.Linear(32, 4 * width))
+        self.last = nn.Linear(width, dim)
+        modulation: nn.Linear = self.levels[-1]  # type: ignore[assignment]
+        for zero in (modulation.weight, self.last.weight, self.last.bias):
+            nn.init.zeros_(zero)
+        with torch.no_grad():  # factors of one, shifts of zero
+            modulation.bias.copy_(torch.tensor([1.0, 0.0, 1.0, 0.0]).repeat_interleave(width))
 
     def forward(self, problem: Posterior, inputs: Inputs) -> Tensor:
         """See `Decoder`."""
         x0 = denoise(problem, problem.prior, inputs)
-        levels = torch.stack([inputs.tau.log(), inputs.ratio.log()], 1)
-        features = torch.cat([inputs.point, inputs.noise, x0, inputs.back, inputs.outer, levels], 1)
-        return x0 + like(inputs.tau, x0) * self.net(features)
+        logs = torch.stack([inputs.tau.log(), inputs.ratio.log()], 1) / 3  # of order one over the levels that occur
+        scale_1, shift_1, scale_2, shift_2 = self.levels(logs).chunk(4, 1)
+        features = torch.cat([inputs.point, inputs.noise, x0, inputs.back, inputs.outer], 1)
+        hidden = F.silu(torch.addcmul(shift_1, self.first(features), scale_1))
+        hidden = F.silu(torch.addcmul(shift_2, self.second(hidden), scale_2))
+        return x0 + like(inputs.tau, x0) * self.last(hidden)
 
 
 def denoise(problem: Posterior, denoiser: Denoiser, inputs: Inputs, **extra: Tensor) -> Tensor:

@@ -25,14 +25,15 @@ def invert(
         iterations: Newton steps, each shortened until the residual falls.
         tolerance: of |f(z) - y| relative to 1 + |y|.
     """
-    z, accuracy = start, tolerance * (1 + y.norm(dim=1))
+    z, accuracy = start.clone(), tolerance * (1 + y.norm(dim=1))
     for _ in range(iterations):
-        value, jacobian = jacobians(function, z)
-        residual = value - y
-        if bool((residual.norm(dim=1) <= accuracy).all()):
+        rows = torch.nonzero((function(z) - y).norm(dim=1) > accuracy)[:, 0]
+        if not len(rows):
             break
+        value, jacobian = jacobians(function, z[rows])
+        residual = value - y[rows]
         direction = torch.linalg.lstsq(jacobian, residual[..., None]).solution[..., 0].nan_to_num(0.0)
-        z = _shortened(function, z, direction, y, residual.norm(dim=1))
+        z[rows] = _shortened(function, z[rows], direction, y[rows], residual.norm(dim=1))
     return z, (function(z) - y).norm(dim=1) <= accuracy
 
 

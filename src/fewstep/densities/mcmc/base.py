@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from typing import NamedTuple, final
+from typing import ClassVar, NamedTuple, Protocol, final
 
 import torch
 from torch import Tensor
 
 from fewstep.core.density import TargetDensity
+from fewstep.core.noise import Noise
 from fewstep.densities.draws import Draws, Kind
-from fewstep.densities.mcmc.bridge import Bridge, StandardNormal
+from fewstep.densities.mcmc.bridge import Bridge, StandardNormal, State
 from fewstep.densities.whitened import Whitened
 
 
@@ -24,8 +25,30 @@ class Found(NamedTuple):
     group: int
 
 
+class Kernel(Protocol):
+    """A Markov step that leaves pi_beta invariant, for a batch of points at once; its sizes are adapted to an acceptance.
+
+    Attributes:
+        gradients: whether it looks at the scores of its points.
+    """
+
+    gradients: ClassVar[bool]
+
+    def step(self, bridge: Bridge, state: State, beta: Tensor, size: Tensor, noise: Noise) -> tuple[State, Tensor]:
+        """Return the next points and the probabilities with which they were accepted, (N,); see `Hamiltonian.step`."""
+
+    def adapted(self, size: Tensor, accept: Tensor, count: int) -> Tensor:
+        """Return the step sizes after adaptation number `count`, from 0."""
+
+
 class MonteCarlo(ABC):
-    """A sampler of an unnormalised density that trains nothing: it adapts during warm-up and keeps its settings after."""
+    """A sampler of an unnormalised density that trains nothing: it adapts during warm-up and keeps its settings after.
+
+    Attributes:
+        kernel: its Markov step.
+    """
+
+    kernel: Kernel
 
     @abstractmethod
     def run(self, bridge: Bridge, n: int, seed: int, dtype: torch.dtype) -> Found:
@@ -56,7 +79,7 @@ class MonteCarlo(ABC):
             ValueError: an n that does not fit.
         """
         begin, whitened = time.perf_counter(), target if isinstance(target, Whitened) else Whitened(target)
-        bridge = Bridge(base or StandardNormal(target.dim), whitened)
+        bridge = Bridge(base or StandardNormal(target.dim), whitened, self.kernel.gradients)
         found = self.run(bridge, n, seed, dtype)
         return Draws(
             x=whitened.to_x(found.y),

@@ -78,19 +78,23 @@ class Bridge:
         target: rho.
         target_calls: evaluations of log rho so far.
         gradient_calls: evaluations of its gradient so far.
+        scores: whether gradients are taken at all; without, they read zero, for kernels that do not look at them.
     """
 
     base: TargetDensity
     target: TargetDensity
+    scores: bool = True
     target_calls: int = 0
     gradient_calls: int = 0
 
     def at(self, x: Tensor) -> State:
         """Evaluate both densities, (N, d); a NaN of the target counts as density zero, and its score as zero."""
         self.target_calls += len(x)
-        self.gradient_calls += len(x)
         log_rho = self.target.log_prob(x).detach().double()
         log_rho = log_rho.masked_fill(~(log_rho < torch.inf), -torch.inf)
+        if not self.scores:
+            return State(x, self.base.log_prob(x).detach().double(), log_rho, torch.zeros_like(x), torch.zeros_like(x))
+        self.gradient_calls += len(x)
         score = self.target.score(x).detach().nan_to_num(0.0, 0.0, 0.0)
         return State(x, self.base.log_prob(x).detach().double(), log_rho, self.base.score(x).detach(), score)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fewstep.core.noise import Noise, Streams
-from fewstep.densities.mcmc.base import Found, MonteCarlo, groups_of
+from fewstep.densities.mcmc.base import Found, Kernel, MonteCarlo, groups_of
 from fewstep.densities.mcmc.bridge import Bridge, State
 from fewstep.densities.mcmc.hamiltonian import Hamiltonian
 
@@ -27,7 +27,7 @@ class Chains(MonteCarlo):
         thin: steps per draw.
     """
 
-    kernel: Hamiltonian = field(default_factory=Hamiltonian)
+    kernel: Kernel = field(default_factory=Hamiltonian)
     chains: int = 64
     warmup: int = 500
     thin: int = 1

@@ -11,6 +11,7 @@ References:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -33,6 +34,8 @@ class Hamiltonian:
     leaps: int = 8
     accept: float = 0.7
     reach: float = 1.0
+
+    gradients: ClassVar[bool] = True
 
     def step(self, bridge: Bridge, state: State, beta: Tensor, size: Tensor, noise: Noise) -> tuple[State, Tensor]:
         """Return the next points and the probabilities with which they were accepted, (N,).

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fewstep.core.noise import Noise, Streams
-from fewstep.densities.mcmc.base import Found, MonteCarlo, groups_of
+from fewstep.densities.mcmc.base import Found, Kernel, MonteCarlo, groups_of
 from fewstep.densities.mcmc.bridge import Bridge, State
 from fewstep.densities.mcmc.hamiltonian import Hamiltonian
 
@@ -60,7 +60,7 @@ class ReplicaExchange(MonteCarlo):
         thin: steps per draw.
     """
 
-    kernel: Hamiltonian = field(default_factory=lambda: Hamiltonian(4))
+    kernel: Kernel = field(default_factory=lambda: Hamiltonian(4))
     levels: int = 12
     chains: int = 32
     warmup: int = 600

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fewstep.core.noise import Noise, Streams, mix
 from fewstep.densities.estimators.weights import comb
-from fewstep.densities.mcmc.base import Found, MonteCarlo, groups_of
+from fewstep.densities.mcmc.base import Found, Kernel, MonteCarlo, groups_of
 from fewstep.densities.mcmc.bridge import Bridge, State
 from fewstep.densities.mcmc.hamiltonian import Hamiltonian
 
@@ -51,7 +51,7 @@ class SequentialMonteCarlo(MonteCarlo):
             particles are independent of each other.
     """
 
-    kernel: Hamiltonian = field(default_factory=Hamiltonian)
+    kernel: Kernel = field(default_factory=Hamiltonian)
     particles: int = 1024
     moves: int = 3
     keep: float = 0.9
@@ -126,7 +126,7 @@ class SequentialMonteCarlo(MonteCarlo):
 
 
 def annealed(
-    kernel: Hamiltonian | None = None, keep: float = 0.99, moves: int = 1, pilot: int = 512
+    kernel: Kernel | None = None, keep: float = 0.99, moves: int = 1, pilot: int = 512
 ) -> SequentialMonteCarlo:
     """Return annealed importance sampling: many temperatures, no resampling, every weight unbiased on its own."""
     return SequentialMonteCarlo(kernel or Hamiltonian(), pilot, moves, keep, resample_below=0.0)

@@ -25,20 +25,24 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Self
 
+import torch
 from torch import Tensor
 
 from fewstep.core.density import TargetDensity
 from fewstep.core.grid import times_of
 from fewstep.core.noise import Noise
 from fewstep.core.schedule import VariancePreserving
-from fewstep.densities.base import Cost, DensitySampler, Drawn
+from fewstep.densities.base import Cost, Drawn, Transport
+from fewstep.densities.estimators.inverse import invert, nearest
 from fewstep.densities.estimators.jacobian import determinant
 from fewstep.densities.students._maps import MAPS, FlowMap, MapConfig, described
 from fewstep.densities.whitened import Whitened
 
+_ROWS = 1024  # at once through a network, so that its activations stay in the cache of a core
+
 
 @dataclass(frozen=True, eq=False)
-class MapSampler(DensitySampler):
+class MapSampler(Transport):
     """Samples of a density by a flow map in any number of steps.
 
     Attributes:
@@ -71,13 +75,30 @@ class MapSampler(DensitySampler):
 
     def draw(self, noise: Noise, steps: int, weights: bool) -> Drawn:
         """See `DensitySampler`."""
-        z, times = noise.randn(self.flow_map.dim), self.times(steps).to(noise.device)
-        walk = renoised if self.renoise else jumped
-        y, log_w = walk(self.flow_map, z, times, noise, weights)
+        y, log_w = self.walked(noise.randn(self.flow_map.dim), steps, noise, weights)
         if weights:
             _tell_folds(int(log_w.isnan().sum()), len(log_w))
-            log_w = log_w + self.whitened.log_prob(y).double()
-        return Drawn(y, log_w if weights else None, Cost(steps, int(weights), steps * self.flow_map.guided))
+        return Drawn(y, log_w if weights else None, self.cost(steps, weights))
+
+    def cost(self, steps: int, weights: bool = True) -> Cost:
+        """See `Transport`."""
+        return Cost(steps, int(weights), steps * self.flow_map.guided)
+
+    def walked(self, z: Tensor, steps: int, noise: Noise, weights: bool) -> tuple[Tensor, Tensor]:
+        """See `Transport`; NaN where the map has turned over."""
+        walk = renoised if self.renoise else jumped
+        y, log_w = walk(self.flow_map, z, self.times(steps).to(z), noise, weights)
+        return y, log_w + self.whitened.log_prob(y).double() if weights else log_w
+
+    def backward_weights(self, y: Tensor, steps: int, noise: Noise) -> Tensor:
+        """See `DensitySampler`: of one preimage under the jumps. Of several, each alone gives a larger weight: still a bound."""
+        if self.renoise and steps > 1:
+            raise NotImplementedError("samples that are noised again have no preimage")
+        function = partial(_walked, self.flow_map, self.times(steps).to(y))
+        some = noise.randn(self.flow_map.dim)
+        z, found = invert(function, y, nearest(some, function(some), y))
+        log_w = determinant(function, z).log_abs - _standard(z) + self.whitened.log_prob(y).double()
+        return log_w.masked_fill(~found, math.inf)
 
     def config(self) -> dict[str, Any]:
         """See `DensitySampler`."""
@@ -125,7 +146,7 @@ def renoised(flow_map: FlowMap, z: Tensor, times: Tensor, noise: Noise, weights:
 def _pushed(flow_map: FlowMap, y: Tensor, t: Tensor, s: Tensor, log_w: Tensor, weights: bool) -> tuple[Tensor, Tensor]:
     """Return G(y, t, s) and `log_w` with the log-determinant added; NaN where the map has turned over."""
     if not weights:
-        return flow_map(y, t, s), log_w
+        return torch.cat([flow_map(part, t, s) for part in y.split(_ROWS)]), log_w
     found = determinant(partial(_call, flow_map, t, s), y)
     return found.y, log_w + found.log_abs.masked_fill(found.sign <= 0, math.nan)
 
@@ -142,6 +163,12 @@ def _tell_folds(folds: int, count: int) -> None:
 
 def _call(flow_map: FlowMap, t: Tensor, s: Tensor, y: Tensor) -> Tensor:
     return flow_map(y, t, s)
+
+
+def _walked(flow_map: FlowMap, times: Tensor, z: Tensor) -> Tensor:
+    for t, s in itertools.pairwise(times):
+        z = flow_map(z, t, s)
+    return z
 
 
 def _standard(z: Tensor) -> Tensor:

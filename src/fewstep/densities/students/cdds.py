@@ -61,15 +61,15 @@ class FlowRegression(Objective):
 
     def loss(self, player: str, model: nn.Module, batch: Any, noise: Noise) -> tuple[Tensor, dict[str, float]]:
         """See `Objective`; `batch` is that of `Trajectories`."""
-        flow_map, t, s = cast(Followed, model).map, batch["t"], batch["s"]
-        sin = passed(flow_map.schedule, t, s)
-        error = flow_map(batch["y_t"], t, s) - batch["y_s"]
-        loss = pseudo_huber(error / like(sin, error), self.huber)
+        flow_map, t, s, near = cast(Followed, model).map, batch["t"], batch["s"], "beside_t" in batch
+        starts, ends = (torch.cat([batch[f"y_{k}"], batch[f"beside_{k}"]]) if near else batch[f"y_{k}"] for k in "ts")
+        copies = len(starts) // len(t)
+        error, *beside = (flow_map(starts, t.repeat(copies), s.repeat(copies)) - ends).split(len(t))
+        loss = pseudo_huber(error / like(passed(flow_map.schedule, t, s), error), self.huber)
         figures = {"error": float(error.detach().norm(dim=1).mean())}
-        if "beside_t" in batch:
-            beside = flow_map(batch["beside_t"], t, s) - batch["beside_s"]
+        if beside:
             width = (batch["beside_s"] - batch["y_s"]).norm(dim=1, keepdim=True)
-            relative = (beside - error) / (width + 1e-5)
+            relative = (beside[0] - error) / (width + 1e-5)
             loss = loss + self.slope * pseudo_huber(relative, 0.1)
             figures["slope"] = float(relative.detach().norm(dim=1).median())
         return loss, figures
@@ -136,7 +136,7 @@ class CDDS:
     refresh: int = 20_000
     warm: bool = False
     apart: float = 0.02
-    polish: int = 400
+    polish: int = 600
 
     reference: ClassVar[Reference] = Reference(
         "Consistent Diffusion Samplers: One-Step Samples of Unnormalised Densities",

@@ -18,7 +18,7 @@ from fewstep.core.registry import get
 from fewstep.core.schedule import Schedule, VariancePreserving
 from fewstep.densities.base import Cost, DensitySampler, Drawn
 from fewstep.densities.networks import Control, ControlNet, NetConfig
-from fewstep.densities.paths import DISCRETISATIONS, Kernels, even_variance, falling_cosine, simulate
+from fewstep.densities.paths import DISCRETISATIONS, Kernels, even_variance, falling_cosine, noised, simulate
 from fewstep.densities.whitened import Whitened
 from fewstep.priors.unet import build_schedule
 
@@ -156,6 +156,10 @@ class PathSampler(DensitySampler):
         guided = self.denoiser.guide(paths.y[:1]) is not None
         log_w = paths.log_weights(self.whitened) if weights else None
         return Drawn(paths.y, log_w, Cost(steps, int(weights), steps if guided else 0))
+
+    def backward_weights(self, y: Tensor, steps: int, noise: Noise) -> Tensor:
+        """See `DensitySampler`: along a path of the noising process."""
+        return noised(self.denoiser, self.teacher.kernels(steps), y, noise).log_weights(self.whitened)
 
     def config(self) -> dict[str, Any]:
         """See `DensitySampler`."""

@@ -107,7 +107,7 @@ class Matched(PathTeacher):
         levels: inverse temperatures of replica exchange.
         chains: ladders side by side.
         warmup: their steps before draws are kept, one in four.
-        reach: how much smaller steps may be, see `Hamiltonian`.
+        reach: how much smaller steps may be, see `Hamiltonian`; with 300 chains stay out of a funnel's wide end.
         samples: draws of the target in its own coordinates, (N, d), to be used instead; not part of what is saved.
     """
 
@@ -123,7 +123,7 @@ class Matched(PathTeacher):
     levels: int = 8
     chains: int = 64
     warmup: int = 500
-    reach: float = 300.0
+    reach: float = 3000.0
     samples: Tensor | None = field(default=None, repr=False, compare=False)
 
     def prepared(self, whitened: Whitened, seed: int) -> tuple[Matched, Whitened]:
