@@ -41,7 +41,7 @@ class Setup:
 
     dim: int = 16
     width: int = 256
-    steps: int = 10_000
+    steps: int = 20_000
     batch: int = 384
     draws: int = 2
 
