@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -274,3 +275,10 @@ def test_a_launcher_shares_the_folder_out(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("2 samples") == 3
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"a", "b", "c"}
+
+
+def test_every_benchmark_is_a_command():
+    folder = Path(cli.__file__).parent / "bench"
+    modules = {path.stem for path in folder.glob("*.py") if "\ndef main(" in path.read_text(encoding="utf-8")}
+    commands = {command.name or command.callback.__name__ for command in cli.bench.registered_commands}
+    assert {"calibration", "images"} <= modules <= commands

@@ -285,6 +285,7 @@ _bench("densities", "Samplers of unnormalised densities, one step and more, besi
 _bench("srds", "Depth and time of the solver that is parallel in time.")
 _bench("schedulers", "Our solvers beside the schedulers of diffusers: what they give and what they cost.")
 _bench("speed", "Cost of the loop, and deepinv beside it.")
+_bench("calibration", "Coverage of intervals task by task, on photographs that nothing was fitted to.")
 _bench("startup", "What importing costs, and how soon the command line answers.")
 
 
