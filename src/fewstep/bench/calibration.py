@@ -35,10 +35,10 @@ TASKS: tuple[str, ...] = (
 NOTES = (
     "coverage of the central 90% intervals, per pixel and channel, a mean over photographs with its standard error; 'plain': as the "
     "samples have them, of which right ones would hold 'right' at this K; 'family': stretched by the factor that lies beside the "
-    "weights of a trained sampler, one per family of operators; 'task': by a factor fitted to this task on other photographs.",
-    "A factor bounds the mean share of missed pixels from below, with a margin for how few photographs it was fitted on: "
+    "weights of a trained sampler, one per family of operators; 'fitted': by a factor fitted to this task on other photographs.",
+    "A factor bounds the mean share of missed pixels, with a margin for how few photographs it was fitted on: "
     "the expected coverage lies between the level and the level + 2 worst / (n + 1).",
-    "width: mean half width of the task's intervals, in [0, 1] units; error: mean absolute error of the median.",
+    "width: mean half width of the fitted intervals, in [0, 1] units; error: mean absolute error of the median.",
 )
 
 
@@ -69,11 +69,11 @@ class Setup:
         again = replace(self.plan, seed=self.plan.seed + 1)
         for samples, truth in simulated(entry.sampler, self.prior, self.fresh, [family], again):
             low, high = ends = own.apply(samples)
-            found = {"plain": coverage(samples.interval(level), truth), "task": coverage(ends, truth)}
+            found = {"plain": coverage(samples.interval(level), truth), "fitted": coverage(ends, truth)}
             found |= {} if stored is None else {"family": coverage(stored.apply(samples), truth)}
             width, error = (high - low).mean() / 4, (samples.quantile(0.5) - truth).abs().mean() / 2
             rows.append(found | {"width": float(width), "error": float(error)})
-        factors = {"family factor": None if stored is None else stored.factor, "task factor": own.factor}
+        factors = {"family factor": None if stored is None else stored.factor, "fitted factor": own.factor}
         right = min(level, (num - 1) / (num + 1))
         return {"photographs": len(rows), "right": right, **summary(rows), **factors}
 
@@ -149,7 +149,7 @@ def exactly(task: Task) -> Family:
 def summary(rows: Sequence[dict[str, float]]) -> dict[str, float | None]:
     """Return means over photographs, those of coverage with their standard errors."""
     out: dict[str, float | None] = {}
-    for name in ("plain", "family", "task"):
+    for name in ("plain", "family", "fitted"):
         values = [row[name] for row in rows if name in row]
         out[name] = statistics.fmean(values) if values else None
         out[f"± {name}"] = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
