@@ -32,7 +32,7 @@ from fewstep.densities.teachers.dis import DIS
 from fewstep.densities.user import as_target
 from fewstep.densities.whitened import Whitened, correlated
 from fewstep.priors.exact import GaussianPrior
-from test_students import GAUSSIAN, SCHEDULE, Affine, ExactMap, Law, wide
+from laws import GAUSSIAN, SCHEDULE, Affine, ExactMap, Law, wide
 
 LAW = Law(GAUSSIAN)
 SMALL = Sizes(transport=512, published=64, most=1024)

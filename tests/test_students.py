@@ -1,7 +1,7 @@
 """Students: consistency losses at the exact flow, weights of few-step maps, distillation, files."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,65 +9,16 @@ import torch
 import fewstep
 from fewstep.core.grid import times_of
 from fewstep.core.noise import Streams
-from fewstep.core.schedule import Brownian, VariancePreserving
+from fewstep.core.schedule import Brownian
 from fewstep.densities.estimators.jacobian import determinant
-from fewstep.densities.students._maps import EDMMap, FlowMap, MapConfig, ResidualMap, ScaledMap, passed, warm_start
+from fewstep.densities.students._maps import EDMMap, MapConfig, ResidualMap, ScaledMap, passed, warm_start
 from fewstep.densities.students._polish import Polish, both_ways, saturating, unfolding
 from fewstep.densities.students._sampler import MapSampler, jumped, renoised
 from fewstep.densities.students._trajectories import Incomplete, Trajectories, euler_in_time, flow_points
 from fewstep.densities.students.cdds import CDDS, FlowRegression, Followed, SelfConsistency, ready
 from fewstep.densities.whitened import Whitened
 from fewstep.priors.exact import GaussianPrior, MixturePrior
-
-SCHEDULE = VariancePreserving()
-GAUSSIAN = GaussianPrior(torch.tensor([0.5, -0.3]), torch.tensor([[0.3, 0.1], [0.1, 0.6]]), SCHEDULE)
-
-
-@dataclass(frozen=True, eq=False)
-class Law(fewstep.TargetDensity):
-    """The law of an exact prior times e^log_z, as a target."""
-
-    prior: object
-    log_z: float = 0.7
-
-    @property
-    def dim(self):
-        return self.prior.event_shape[0]
-
-    def log_prob(self, x):
-        return self.prior.log_prob(x) + self.log_z
-
-    def sample(self, noise):
-        return self.prior.sample(len(noise), noise)
-
-
-class ExactMap(FlowMap):
-    """The exact flow of a Gaussian; `wrong` reads time the other way round, as the papers' clock does."""
-
-    jumps = True
-
-    def __init__(self, prior, wrong=False):
-        super().__init__()
-        self.prior, self.schedule, self.dim, self.wrong = prior, prior.schedule, prior.event_shape[0], wrong
-        self.unused = torch.nn.Parameter(torch.zeros(()))
-
-    def forward(self, y, t, s):
-        if self.wrong:
-            t = (1 - torch.as_tensor(t)).clamp_min(1e-3)
-        return self.prior.flow(y, torch.as_tensor(t), torch.as_tensor(s))
-
-
-class Affine(FlowMap):
-    """y -> A y + b whatever the times are."""
-
-    jumps = True
-
-    def __init__(self, matrix, shift):
-        super().__init__()
-        self.matrix, self.shift, self.schedule, self.dim = matrix, shift, SCHEDULE, len(shift)
-
-    def forward(self, y, t, s):
-        return y @ self.matrix.T + self.shift
+from laws import GAUSSIAN, SCHEDULE, Affine, ExactMap, Law, wide
 
 
 def pairs(steps, every=1):
@@ -232,12 +183,6 @@ def test_weights_of_the_exact_flow_are_constant_and_give_log_z(steps):
     sampler = MapSampler(Whitened(Law(GAUSSIAN)), ExactMap(GAUSSIAN))
     draws = sampler.sample(2048, steps)
     assert draws.ess > 0.999 and abs(draws.log_z - 0.7) < 1e-3 and draws.nfe == steps
-
-
-def wide():
-    """An affine map a little wider than the Gaussian target, so that weights vary but have a bounded second moment."""
-    root = torch.linalg.cholesky(GAUSSIAN.cov)
-    return Affine(1.3 * root, GAUSSIAN.mean + 0.1)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])

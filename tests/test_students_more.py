@@ -17,7 +17,7 @@ from fewstep.densities.teachers.implicit import Entropy
 from fewstep.densities.teachers.osds import stretched
 from fewstep.densities.whitened import Whitened
 from fewstep.priors.exact import GaussianPrior
-from test_students import GAUSSIAN, SCHEDULE, Law
+from laws import GAUSSIAN, SCHEDULE, Law
 
 STANDARD = Law(GaussianPrior(torch.zeros(2), torch.tensor(1.0), SCHEDULE), 0.0)
 
