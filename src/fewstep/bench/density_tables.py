@@ -27,6 +27,7 @@ ORDER = (
     "EUBO",
     "log Z",
 )
+NATS = ("ELBO", "EUBO", "log Z", "low", "high")
 EQUAL = (
     "method",
     "evaluations",
@@ -72,8 +73,8 @@ def _over(values: Sequence[Any]) -> Any:
 
 def ordered(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return the rows with the columns of `ORDER` first, the interval of log Z behind it, and nats to a thousandth."""
-    first = (*ORDER, "low", "high")
-    nats = first[first.index("ELBO") :]
+    first = [key for key in (*ORDER, "low", "high") if key == "log Z" or any(row.get(key) is not None for row in rows)]
+    nats = [key for key in NATS if key in first]
     found = [{key: row.get(key) for key in first} | dict(row) for row in rows]
     return [row | {key: _thousandths(row[key]) for key in nats} for row in found]
 
