@@ -11,7 +11,15 @@ from fewstep.core.grid import times_of
 from fewstep.core.noise import Streams
 from fewstep.core.schedule import Brownian
 from fewstep.densities.estimators.jacobian import determinant
-from fewstep.densities.students._maps import EDMMap, MapConfig, ResidualMap, ScaledMap, passed, warm_start
+from fewstep.densities.students._maps import (
+    ACTIVATIONS,
+    EDMMap,
+    MapConfig,
+    ResidualMap,
+    ScaledMap,
+    passed,
+    warm_start,
+)
 from fewstep.densities.students._polish import Polish, both_ways, saturating, unfolding
 from fewstep.densities.students._sampler import MapSampler, jumped, renoised
 from fewstep.densities.students._trajectories import Incomplete, Trajectories, euler_in_time, flow_points
@@ -19,6 +27,14 @@ from fewstep.densities.students.cdds import CDDS, FlowRegression, Followed, Self
 from fewstep.densities.whitened import Whitened
 from fewstep.priors.exact import GaussianPrior, MixturePrior
 from laws import GAUSSIAN, SCHEDULE, Affine, ExactMap, Law, wide
+
+
+def test_the_quick_tanh_is_tanh_with_its_slope():
+    x = torch.linspace(-30, 30, 6001, dtype=torch.float64, requires_grad=True)
+    ours, theirs = ACTIVATIONS["tanh"](x), torch.tanh(x)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-14)
+    slopes = (torch.autograd.grad(y.sum(), x)[0] for y in (ours, theirs))
+    torch.testing.assert_close(*slopes, rtol=0, atol=1e-14)
 
 
 def pairs(steps, every=1):

@@ -178,11 +178,11 @@ def test_a_turn_leaves_no_gradient_in_the_other_player(tmp_path, no_files):
     recipe, data = prepare(tmp_path, "context")
     run = recipes.read_recipe(recipe).trainer(data, tmp_path / "out")
     players = {"model": run.model.network, "critic": run.model.critic}
-    from fewstep.training import _only
+    from fewstep.training import _held
 
     for turn, name in enumerate(players):
         run.model.zero_grad(set_to_none=True)
-        with _only(run.players[name], run.model):
+        with _held(run._others[name]):
             run._gradients(name, turn)
         for other, module in players.items():
             assert any(p.grad is not None for p in module.parameters()) == (other == name)

@@ -152,7 +152,9 @@ class Trainer:
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         # walking through modules takes its time
         self._weights: list[list[Tensor]] = [list(m.parameters()) for m in (self.ema, self.model)]
+        self._buffers = [list(m.buffers()) for m in (self.ema, self.model)]
         self.players = {name: list(ps) for name, ps in self.objective.players(self.model).items()}
+        self._others = {name: self._trained_without(ps) for name, ps in self.players.items()}
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         self._owners = {name: self._owner(name) for name in self.players}
         self.step = 0
@@ -209,7 +211,7 @@ class Trainer:
             optimizer = self.optimizers[self._owners[player]]
             for group in optimizer.param_groups:
                 group["lr"] = options.rate(self.step)
-            with _only(params, self.model):
+            with _held(self._others[player]):
                 figures = self._gradients(player, turn)
             norm = float(nn.utils.clip_grad_norm_(params, options.clip))
             if not math.isfinite(norm):
@@ -251,8 +253,13 @@ class Trainer:
         decay = min(self.options.ema, (1 + self.step) / (10 + self.step))
         averages, current = self._weights
         torch._foreach_lerp_(averages, current, 1 - decay)
-        for average, buffer in zip(self.ema.buffers(), self.model.buffers(), strict=True):
+        for average, buffer in zip(*self._buffers, strict=True):
             average.copy_(buffer)
+
+    def _trained_without(self, params: list[nn.Parameter]) -> list[nn.Parameter]:
+        """Return the trained parameters that are not among `params`."""
+        mine = {id(p) for p in params}
+        return [p for p in self.model.parameters() if id(p) not in mine and p.requires_grad]
 
     def _owner(self, player: str) -> str:
         """Return the player whose optimiser `player` uses: its own, or that of an earlier one with the same parameters."""
@@ -379,14 +386,12 @@ def _means(window: list[dict[str, float]]) -> dict[str, float]:
 
 
 @contextmanager
-def _only(params: list[nn.Parameter], model: nn.Module) -> Iterator[None]:
-    """Let gradients reach `params` only: the other players' weights are constants during a turn."""
-    mine = {id(p) for p in params}
-    others = [p for p in model.parameters() if id(p) not in mine and p.requires_grad]
-    for p in others:
+def _held(params: list[nn.Parameter]) -> Iterator[None]:
+    """Take `params` for constants: a player's gradients do not reach the others' weights during its turn."""
+    for p in params:
         p.requires_grad_(False)
     try:
         yield
     finally:
-        for p in others:
+        for p in params:
             p.requires_grad_(True)

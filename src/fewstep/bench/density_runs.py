@@ -19,7 +19,7 @@ from fewstep.core.files import write_bytes
 from fewstep.core.noise import Noise, mix
 from fewstep.core.registry import get
 from fewstep.densities.base import DensitySampler, load_density_sampler
-from fewstep.densities.distill import distill
+from fewstep.densities.distill import OPTIONS, distill
 from fewstep.densities.draws import Draws
 from fewstep.densities.fit import fit
 from fewstep.densities.laplace import laplace
@@ -206,7 +206,7 @@ class Workshop:
         write_bytes(kept / "budget.json", json.dumps(asdict(budget)).encode())
 
 
-BATCH = 512  # of students
+BATCH = OPTIONS.batch  # of students
 RUNS = 8  # of sequential Monte Carlo, whose spread is its error
 KERNEL = Hamiltonian(4, 0.8, reach=100.0)
 EXCHANGE = ReplicaExchange(KERNEL, levels=8, chains=64)

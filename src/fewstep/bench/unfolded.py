@@ -39,7 +39,7 @@ def main(  # noqa: PLR0913 - one parameter is one option
     out: str | Path | None = None,
     *,
     dims: Sequence[int] = (16,),
-    steps: int = 20_000,
+    steps: int = 30_000,
     presets: Sequence[str] = ("paper", "consistent"),
     budgets: Sequence[int] = (9, 20, 100, 1000),
     checked: int = 1000,

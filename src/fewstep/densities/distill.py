@@ -25,7 +25,7 @@ from fewstep.densities.whitened import Whitened
 from fewstep.training import Batches, Trainer
 
 METHODS = {"cdds": CDDS}
-OPTIONS = FitOptions(train_steps=8000, batch=512, ema=0.999)
+OPTIONS = FitOptions(train_steps=8000, batch=1024, lr=4e-3, ema=0.999)
 
 
 def distill(
