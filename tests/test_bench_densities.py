@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 from functools import partial
 
 import pytest
@@ -18,6 +20,7 @@ from fewstep.densities.draws import Draws
 from fewstep.densities.networks import ControlNet
 from fewstep.densities.students._maps import Perceptron
 from fewstep.densities.students.cdds import CDDS
+from fewstep.training import Trainer
 
 pytest.importorskip("accelerate")
 pytest.importorskip("ot")
@@ -142,6 +145,22 @@ def test_tables_and_that_a_stopped_run_goes_on(tmp_path, monkeypatch, capsys):
     assert json.loads(out.read_text())["benchmark"] == "densities"
     with pytest.raises(AssertionError, match="needs no training"):
         run(out, distill_steps=5)
+
+
+@pytest.mark.parametrize("method", ["dis", "cdds"])
+def test_a_training_that_was_stopped_leaves_no_row_and_no_sampler(tmp_path, monkeypatch, method):
+    step = Trainer._train_step
+
+    def stopped(self):
+        if len(list((tmp_path / "d.fits").glob("*/*/*"))) == (method == "cdds"):
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self)
+
+    monkeypatch.setattr(Trainer, "_train_step", stopped)
+    with pytest.raises(KeyboardInterrupt, match="after step 1 of"):
+        run(tmp_path / "d.json", methods=(method,), seeds=1)
+    kept = [path.name for path in (tmp_path / "d.fits").glob("*/*/*")]
+    assert method not in kept and method not in (tmp_path / "d.jsonl").read_text()
 
 
 @pytest.mark.slow

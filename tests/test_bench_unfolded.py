@@ -83,7 +83,7 @@ def test_a_training_that_was_stopped_leaves_no_row(tmp_path, monkeypatch):
         return once(self, noise)
 
     monkeypatch.setattr(Setup, "simulate", stopped)
-    with pytest.raises(KeyboardInterrupt, match="after 1 of 3 steps"):
+    with pytest.raises(KeyboardInterrupt, match="after step 1 of 3"):
         run(tmp_path / "u.json", steps=3)
     assert "True" not in (tmp_path / "u.jsonl").read_text()
 

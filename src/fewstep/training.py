@@ -195,6 +195,17 @@ class Trainer:
         self._close()
         return self.ema
 
+    def run_whole(self, resume: bool = True) -> nn.Module:
+        """Do what `run` does, to the last step.
+
+        Raises:
+            KeyboardInterrupt: the training was told to stop; a checkpoint was written first.
+        """
+        model = self.run(resume)
+        if not self.finished:
+            raise KeyboardInterrupt(f"stopped after step {self.step} of {self.options.steps}; run again to resume")
+        return model
+
     def save(self) -> None:
         """Write a checkpoint of this moment; on the main process only."""
         if not self.accelerator.is_main_process:

@@ -216,10 +216,7 @@ def optimise(model: nn.Module, objective: Objective, data: Batches, steps: int) 
     )
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(model, objective, data, Path(folder), options, cpu=True, streams=in_blocks)
-        averaged = trainer.run()
-    if not trainer.finished:
-        raise KeyboardInterrupt(f"training was stopped after {trainer.step} of {steps} steps")
-    return averaged
+        return trainer.run_whole()
 
 
 def timed(function: Callable[[], Result]) -> tuple[Result, float]:

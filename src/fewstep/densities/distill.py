@@ -16,7 +16,7 @@ from fewstep.core.density import TargetDensity
 from fewstep.core.objective import Objective
 from fewstep.densities.base import DensitySampler
 from fewstep.densities.batches import in_blocks
-from fewstep.densities.fit import FitOptions
+from fewstep.densities.fit import FitOptions, averaged
 from fewstep.densities.students._polish import InTurn
 from fewstep.densities.students._sampler import MapSampler
 from fewstep.densities.students.cdds import CDDS, ready
@@ -48,6 +48,7 @@ def distill(
 
     Raises:
         ValueError: an unknown method, or a denoiser without a target.
+        KeyboardInterrupt: it was told to stop, and `options.out` names no folder to go on from.
         TypeError: a teacher without a denoiser; fit a mixture to its draws.
     """
     options = replace(options, **overrides)
@@ -59,14 +60,14 @@ def distill(
         model = seeded(lambda: student.model(denoiser, whitened), options.seed)
         data = student.data(denoiser, options.batch, options.seed)
         first = _trainer(student, model, student.objective, data, Path(folder), options)
-        sampler = student.sampler(whitened, first.run().to("cpu"))
+        sampler = student.sampler(whitened, averaged(first, options).to("cpu"))
         loss = student.polished(sampler) if first.finished else None
         if loss is None:
             return sampler
         model, data = copy.deepcopy(first.ema).requires_grad_(True), InTurn(data, len(loss.counts))
         shorter = replace(options, train_steps=student.polish, lr=options.lr / 2, ema=0.98)
         second = _trainer(student, model, loss, data, Path(folder) / "polish", shorter)
-        polished = student.sampler(whitened, second.run().to("cpu"))
+        polished = student.sampler(whitened, averaged(second, options).to("cpu"))
         return max((sampler, polished), key=lambda s: s.sample(4096, 1, seed=options.seed).ess)
 
 

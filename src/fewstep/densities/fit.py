@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewstep.core.density import TargetDensity
 from fewstep.core.registry import get
@@ -86,6 +86,7 @@ def fit(
         ValueError: an unknown name, or a checkpoint in `out` that belongs to another run.
         TypeError: `overrides` names no field of the options.
         FloatingPointError: the target is not finite where the paths lead.
+        KeyboardInterrupt: the training was told to stop, and `out` names no folder to go on from.
     """
     options = replace(options, **overrides)
     target = as_target(log_prob, dim)
@@ -119,4 +120,13 @@ def train(whitened: Whitened, teacher: Teacher, loss: str | None, options: FitOp
             cpu=options.cpu,
             streams=in_blocks,
         )
-        return teacher.sampler(whitened, trainer.run().to("cpu"))
+        return teacher.sampler(whitened, averaged(trainer, options).to("cpu"))
+
+
+def averaged(trainer: Trainer, options: FitOptions) -> nn.Module:
+    """Return what training gives; of one that was told to stop only where `out` keeps a checkpoint to go on from.
+
+    Raises:
+        KeyboardInterrupt: it was told to stop, and there is none.
+    """
+    return trainer.run_whole() if options.out is None else trainer.run()

@@ -175,11 +175,7 @@ def train(
         ValueError: the recipe, the images or the checkpoint cannot be used.
         KeyboardInterrupt: the training was told to stop; a checkpoint was written first.
     """
-    trainer = read_recipe(recipe).trainer(data, out, steps)
-    model = trainer.run(resume)
-    if not trainer.finished:
-        raise KeyboardInterrupt(f"stopped after step {trainer.step} of {trainer.options.steps}; run again to resume")
-    return model
+    return read_recipe(recipe).trainer(data, out, steps).run_whole(resume)
 
 
 def train_prior(
