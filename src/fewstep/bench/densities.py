@@ -166,7 +166,7 @@ class Bench:
         self.truth = Truth(density, sizes)
         self._scratch = tempfile.TemporaryDirectory()  # lives as long as this object; nothing is kept without `out`
         home = Path(self._scratch.name) if log.path is None else log.path.with_suffix(".fits")
-        folder = home / f"{name}-{log.mark}"
+        folder = home / f"{name}-{mark(name, setup)}"  # more draws need no other training
         self.shops = [Workshop(density, setup, seed, folder / str(seed)) for seed in range(plan.seeds)]
 
     def tables(self, speed: bool, equal: bool) -> dict[str, list[dict[str, Any]]]:
