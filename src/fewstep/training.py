@@ -236,10 +236,12 @@ class Trainer:
 
     def _gradients(self, player: str, turn: int) -> dict[str, float]:
         """Put the gradient of the whole batch's mean loss into the player's parameters; return the figures."""
+        from accelerate.utils import send_to_device
+
         totals: dict[str, float] = {}
         pieces = self._pieces()
         for items in pieces:
-            batch = self._to_device(self.data.batch(self.step, items))
+            batch = send_to_device(self.data.batch(self.step, items), self.accelerator.device)
             noise = self.streams((self.options.seed, self.step, turn), items, self.accelerator.device)
             with self._autocast():
                 loss, figures = self.objective.loss(player, self.model, batch, noise)
@@ -281,12 +283,11 @@ class Trainer:
                 return name
             if shared:
                 raise ValueError(f"{name!r} and {player!r} share some of their parameters; they must share all or none")
-        self.optimizers[player] = self._optimizer(self.players[player])
+        o, params = self.options, self.players[player]
+        self.optimizers[player] = torch.optim.AdamW(
+            params, lr=o.lr, betas=o.betas, weight_decay=o.weight_decay, fused=True
+        )
         return player
-
-    def _optimizer(self, params: list[nn.Parameter]) -> torch.optim.Optimizer:
-        o = self.options
-        return torch.optim.AdamW(params, lr=o.lr, betas=o.betas, weight_decay=o.weight_decay, fused=True)
 
     def _autocast(self) -> torch.autocast:
         device = self.accelerator.device.type
@@ -335,15 +336,6 @@ class Trainer:
         if self._writer is not None:
             self._writer.close()
             self._writer = None
-
-    def _to_device(self, batch: Any) -> Any:
-        if isinstance(batch, Tensor):
-            return batch.to(self.accelerator.device)
-        if isinstance(batch, dict):
-            return {name: self._to_device(value) for name, value in batch.items()}
-        if isinstance(batch, list | tuple):
-            return type(batch)(self._to_device(value) for value in batch)
-        return batch
 
     def _share_weights(self) -> None:
         """Give every process the main one's initial weights."""
