@@ -18,6 +18,7 @@ import torch
 
 import fewstep as library
 from fewstep import cli
+from fewstep.commands import density as density_commands
 from fewstep.commands import density as options
 from fewstep.commands.density_target import find
 from fewstep.commands.density_training import built, split
@@ -272,6 +273,13 @@ def test_export_writes_the_map(density, folders, tmp_path):
     torch.testing.assert_close(program(z), drawn, rtol=1e-4, atol=1e-4)
     code, _, err = density("export", folders / "teacher", "--out", tmp_path / "t.pt2")
     assert code == 2 and "distil it first" in err
+
+
+def test_the_command_distils_as_the_function_does():
+    given = {name: p.default for name, p in inspect.signature(density_commands.distill).parameters.items()}
+    assert {name: given[name] for name in ("train_steps", "batch", "lr", "ema")} == {
+        name: getattr(OPTIONS, name) for name in ("train_steps", "batch", "lr", "ema")
+    }
 
 
 # ---- interruption --------------------------------------------------------------------------------------------------------

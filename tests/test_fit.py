@@ -2,14 +2,12 @@
 
 import json
 import math
-from dataclasses import dataclass
 
 import pytest
 import torch
 
 import fewstep
 from fewstep.checkpoints import last_checkpoint
-from fewstep.core.density import TargetDensity
 from fewstep.core.noise import Streams
 from fewstep.core.schedule import VariancePreserving
 from fewstep.densities.base import load_density_sampler
@@ -23,29 +21,15 @@ from fewstep.densities.teachers.idem import IDEM, EnergyMatching, Replayed, drif
 from fewstep.densities.teachers.lrds import LRDS, Around
 from fewstep.densities.whitened import Whitened
 from fewstep.priors.exact import MixturePrior
+from laws import Law
 
 SMALL = NetConfig(width=32)
-
-
-@dataclass(frozen=True, eq=False)
-class Known(TargetDensity):
-    """A normalised mixture."""
-
-    prior: MixturePrior
-    log_z: float = 0.0
-
-    @property
-    def dim(self):
-        return self.prior.event_shape[0]
-
-    def log_prob(self, x):
-        return self.prior.log_prob(x)
 
 
 def two_modes(dim=2, share=2 / 3, variance=0.05):
     """Return the two modes of LRDS's paper: 2/3 at -1, 1/3 at +1."""
     means = torch.stack([-torch.ones(dim), torch.ones(dim)])
-    return Known(MixturePrior(torch.tensor([share, 1 - share]), means, torch.full((2,), variance)))
+    return Law(MixturePrior(torch.tensor([share, 1 - share]), means, torch.full((2,), variance)), 0.0)
 
 
 def share_of_first(draws):
@@ -132,7 +116,7 @@ def test_lrds_starts_from_modes_with_wrong_weights_and_is_kept_on_disk(tmp_path)
 @pytest.mark.parametrize("t", [0.1, 0.3, 0.8])
 def test_estimated_drift_tends_to_the_exact_one(t):
     schedule = VariancePreserving()
-    target = Known(
+    target = Law(
         MixturePrior(torch.tensor([0.7, 0.3]), torch.tensor([[-0.8, 0.2], [1.0, 0.5]]), torch.tensor([0.3, 0.4]))
     )
     control = ControlNet(schedule, target, NetConfig(clip=1e3))

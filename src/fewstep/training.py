@@ -203,7 +203,7 @@ class Trainer:
         """
         model = self.run(resume)
         if not self.finished:
-            raise KeyboardInterrupt(f"stopped after step {self.step} of {self.options.steps}; run again to resume")
+            raise KeyboardInterrupt(f"stopped after step {self.step} of {self.options.steps}")
         return model
 
     def save(self) -> None:
