@@ -1,5 +1,7 @@
 """A control matched to draws: both identities of the drift, their best mixture, the loss at its minimum, and what comes out."""
 
+import math
+
 import pytest
 import torch
 
@@ -9,9 +11,11 @@ from fewstep.densities.base import load_density_sampler
 from fewstep.densities.mcmc.hamiltonian import Hamiltonian
 from fewstep.densities.mcmc.replica_exchange import ReplicaExchange
 from fewstep.densities.networks import Known, NetConfig, gaussian_drift
+from fewstep.densities.targets._mixture import Concentric
 from fewstep.densities.teachers.matched import Informed, Matched, Matching, shares_of
 from fewstep.densities.whitened import Whitened
 from fewstep.priors.exact import MixturePrior
+from fewstep.testing.density import check_target
 from laws import SCHEDULE, Law
 
 MEANS, WIDTHS = torch.tensor([[-1.0, 0.4], [0.9, -0.2]]), torch.tensor([[0.05, 0.2], [0.1, 0.02]])
@@ -135,3 +139,34 @@ def test_steps_of_many_sizes_reach_the_neck_of_a_funnel():
         draws = exchange.sample(fewstep.target("funnel"), 4096, seed=0, dtype=torch.float32)
         shares.append(float((draws.x[:, 0] < -3).double().mean()))
     assert shares[0] < 0.08 and 0.11 < shares[1] < 0.21  # exactly 0.159
+
+
+def test_replica_exchange_starts_from_narrow_and_wide_normal_laws_in_equal_parts():
+    base = Concentric(3, (1.0, 10.0))
+    check_target(base)
+    x = base.sample(Streams(0, range(4000)))
+    radius = x.square().sum(1)
+    expected = 3 * (1 + 100) / 2
+    error = ((15 * (1 + 100**2) / 2 - expected**2) / 4000) ** 0.5
+    assert abs(float(radius.mean()) - expected) < 4 * error < expected / 10
+    assert Matched().widths == (1.0, 10.0), "the folder of a saved teacher says what its draws came from"
+
+
+def test_a_tail_that_a_narrow_start_misses_is_found_from_a_wide_one():
+    """Between N(0, 1) and a mode thirty deviations away no ladder of three temperatures has a point in common."""
+    far = Law(MixturePrior(torch.ones(2) / 2, torch.tensor([[0.0], [30.0]]), torch.ones(2, 1), SCHEDULE))
+
+    def share(*widths):
+        teacher = Matched(draws=1024, levels=3, chains=64, warmup=100, thin=4, widths=widths)
+        return float((teacher.prepared(Whitened(far), 0)[0].samples > 15).float().mean())
+
+    assert share(1.0) == 0 and 0.2 < share(1.0, 20.0) < 0.8
+
+
+def test_kernels_are_as_narrow_as_the_neck_of_a_funnel():
+    teacher = Matched(net=NetConfig(width=8, depth=1))
+    control = teacher.control(Whitened(fewstep.target("nine_modes")))
+    with torch.no_grad():
+        control.last.bias[2:] = -9.6  # x_1 = -6 in coordinates where the others have a deviation of 6
+        spread = control.moments(torch.zeros(1, 2), torch.zeros(1), torch.zeros(1, 2)).spread
+    assert float(spread.max()) < math.exp(-9.5)

@@ -46,6 +46,7 @@ def main(  # noqa: PLR0913 - one parameter is one option
     ablation: Sequence[str] = (),
     measurements: int = 24,
     num_samples: int = 1500,
+    width: int = 384,
     seed: int = 0,
 ) -> Report:
     """Train and measure, print the tables, write the JSON report to `out` where given, and return it.
@@ -60,6 +61,7 @@ def main(  # noqa: PLR0913 - one parameter is one option
         ablation: what is varied in a table of its own instead, of `ablations.ABLATIONS`; "all" for all of them.
         measurements: B.
         num_samples: K per measurement.
+        width: of the trained correction.
         seed: of the samples.
 
     Raises:
@@ -69,7 +71,7 @@ def main(  # noqa: PLR0913 - one parameter is one option
     chosen = ablations.choose(ablation)
     tables = {}
     for dim in dims:
-        setup = Setup(dim, width=256 if dim <= 16 else 384, steps=steps)
+        setup = Setup(dim, width=width, steps=steps)
         trial = Trial.of(setup, measurements, num_samples, seed)
         path = None if out is None else Path(out).with_suffix(".jsonl")
         log = Log(path, fingerprint(setup.prior, setup, measurements, num_samples, seed, checked))
@@ -79,7 +81,8 @@ def main(  # noqa: PLR0913 - one parameter is one option
         else:
             tables[title.capitalize()] = list(rows(designs, budgets, trial, checked, log))
     given = {"dims": dims, "steps": steps, "presets": presets, "budgets": budgets, "ablation": chosen}
-    given |= {"measurements": measurements, "num_samples": num_samples, "seed": seed, "checked": checked}
+    given |= {"measurements": measurements, "num_samples": num_samples, "width": width}
+    given |= {"seed": seed, "checked": checked}
     return Report("unfolded", given, tables, NOTES + (ablations.NOTES if chosen else ())).finish(out)
 
 

@@ -22,7 +22,7 @@ from fewstep.densities.estimators.weights import bound
 from fewstep.densities.whitened import Whitened
 
 _METHOD = "density-sampler"
-_LAYOUT = 1  # raised whenever the same tensors would come to mean something else
+_LAYOUT = 2  # raised whenever the same tensors would come to mean something else
 
 
 class Cost(NamedTuple):

@@ -23,7 +23,7 @@ from fewstep.core.denoiser import Denoiser
 from fewstep.core.density import TargetDensity
 from fewstep.core.schedule import Schedule
 
-_LOG_SPREADS = (-7.0, 2.0)
+_LOG_SPREADS = (-14.0, 4.0)  # the neck of a funnel that is as wide as N(0, 1) has widths of e^-5
 
 
 class Moments(NamedTuple):

@@ -151,10 +151,11 @@ class ResidualMap(FlowMap):
 
 
 class ScaledMap(FlowMap):
-    r"""y exp(q S) + q F with q = sin(theta_t - theta_s), S and F of the same network and |S| < 8.
+    r"""y k + q F with q = sin(theta_t - theta_s) and k the slope of the flow of N(0, v) from t to s; F and log v by one network.
 
-    In a mode of variance v the flow is affine, with a slope of down to sqrt(v): a network that has to say it through F alone errs
-    by more than the slope, and the map folds. Here F is flat within modes and S says how they shrink.
+    In a mode of variance v the flow is affine and k^2 = (alpha_s^2 v + sigma_s^2) / (alpha_t^2 v + sigma_t^2): a network that has
+    to say it through F alone errs by more than the slope, and the map folds. Here F is flat within modes, and v is the same for
+    steps of all lengths: none is too short to reach into the neck of a funnel. |log v| < 16.
 
     Args:
         schedule: a variance-preserving noise schedule.
@@ -163,7 +164,7 @@ class ScaledMap(FlowMap):
     """
 
     jumps = True
-    LIMIT = 8.0
+    LIMIT = 16.0
 
     def __init__(self, schedule: VariancePreserving, target: TargetDensity, config: MapConfig = MapConfig()) -> None:
         super().__init__()
@@ -173,9 +174,15 @@ class ScaledMap(FlowMap):
 
     def forward(self, y: Tensor, t: Tensor, s: Tensor) -> Tensor:
         """See `FlowMap`."""
-        shift, scale = self.net(y, t, s).chunk(2, -1)
-        q = like(passed(self.schedule, t, s), y)
-        return y * (q * self.LIMIT * torch.tanh(scale / self.LIMIT)).exp() + q * shift
+        shift, width = self.net(y, t, s).chunk(2, -1)
+        v = (self.LIMIT * torch.tanh(2 * width / self.LIMIT)).exp()
+        before, after = (self._variance(v, u) for u in (t, s))
+        return y * (after / before).sqrt() + like(passed(self.schedule, t, s), y) * shift
+
+    def _variance(self, v: Tensor, t: Tensor) -> Tensor:
+        """Return that of N(0, v) noised to time `t`, (N, d)."""
+        alpha, sigma = (like(c, v) for c in self.schedule(t))
+        return alpha**2 * v + sigma**2
 
 
 class EDMMap(FlowMap):

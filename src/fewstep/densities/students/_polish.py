@@ -10,8 +10,9 @@ taken from the batch.
 
 A map that folds could lower a relative entropy without end, so that a fold must cost more than it gains: with the columns of DG
 scaled to length one, its determinant in [-1, 1] says how far the map is from folding. Draws at which it is negative say nothing
-about weights and are fined. Few draws lie between modes with weights of almost nothing, and few weights tower over all: far
-below log Z u counts by its root only, far above it by itself, so that they pull without drowning the others.
+about weights and are fined. Few weights tower over all: far above log Z u counts by itself only. Far below it u counts by its
+logarithm: draws between modes, and in a neck that the map has too wide still, have weights of almost nothing, and would be driven
+out of the neck before it is narrowed; nothing then says that it was ever there.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class Polish(Objective):
     grid: str | tuple[float, ...] = MapSampler.grid
     counts: tuple[int, ...] = (1, 2, 1, 4)
     regression: Objective | None = None
-    anchor: float = 3.0
+    anchor: float = 5.0
 
     def players(self, model: nn.Module) -> dict[str, Iterable[nn.Parameter]]:
         """See `Objective`."""
@@ -118,11 +119,11 @@ def unfolding(function: Callable[[Tensor], Tensor], z: Tensor) -> tuple[Tensor, 
 
 
 def both_ways(u: Tensor, knee: float = 3.0) -> Tensor:
-    """Return u (exp(u) - 1), above `knee` its tangent, and far below zero what grows as a root only."""
+    """Return u (exp(u) - 1), above `knee` its tangent, and below -1 what grows as a logarithm only."""
     c = u.clamp_max(knee)
     return saturating(c) * torch.expm1(c) + (math.expm1(knee) + knee * math.exp(knee)) * (u - c)
 
 
-def saturating(u: Tensor, knee: float = 5.0) -> Tensor:
-    """Return u, and below -knee what continues it as the root of the distance."""
-    return u.clamp_min(-knee) - 2 * (((-knee - u).clamp_min(0) + 1).sqrt() - 1)
+def saturating(u: Tensor, knee: float = 1.0) -> Tensor:
+    """Return u, and below -knee what continues it as the logarithm of the distance."""
+    return u.clamp_min(-knee) - (-knee - u).clamp_min(0).log1p()

@@ -136,7 +136,7 @@ class CDDS:
     refresh: int = 20_000
     warm: bool = False
     apart: float = 0.02
-    polish: int = 1000
+    polish: int = 3000
 
     reference: ClassVar[Reference] = Reference(
         "Consistent Diffusion Samplers: One-Step Samples of Unnormalised Densities",

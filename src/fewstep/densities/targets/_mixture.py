@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Sequence
 from functools import cached_property
 from typing import NamedTuple
 
@@ -86,3 +87,17 @@ def equal(means: Tensor, width: float) -> Components:
     """Return components of equal weight and standard deviation at `means`, (M, d)."""
     weights = torch.full((len(means),), 1 / len(means), dtype=torch.float64)
     return Components(weights, means.double(), torch.full_like(means, width, dtype=torch.float64))
+
+
+class Concentric(GaussianMixture):
+    """Normal laws around 0, N(0, w^2 I) for each w of `widths`, in equal parts."""
+
+    def __init__(self, dim: int, widths: Sequence[float]) -> None:
+        self.dim, self.widths = dim, widths
+
+    def build(self) -> Components:
+        """See `GaussianMixture`."""
+        roots = torch.tensor(self.widths, dtype=torch.float64)[:, None].repeat(1, self.dim)
+        return Components(
+            torch.full((len(roots),), 1 / len(roots), dtype=torch.float64), torch.zeros_like(roots), roots
+        )

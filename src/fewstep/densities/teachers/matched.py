@@ -29,6 +29,7 @@ from fewstep.densities.mcmc.hamiltonian import Hamiltonian
 from fewstep.densities.mcmc.replica_exchange import ReplicaExchange
 from fewstep.densities.networks import ControlNet
 from fewstep.densities.paths import Kernels
+from fewstep.densities.targets._mixture import Concentric
 from fewstep.densities.teachers._base import PathTeacher
 from fewstep.densities.whitened import Whitened
 
@@ -106,7 +107,10 @@ class Matched(PathTeacher):
         draws: how many, a multiple of `chains`.
         levels: inverse temperatures of replica exchange.
         chains: ladders side by side.
-        warmup: their steps before draws are kept, one in four.
+        warmup: their steps before draws are kept.
+        thin: their steps per draw that is kept.
+        widths: standard deviations of the normal laws around 0 that replica exchange starts from, in equal parts and in whitened
+            coordinates: what lies far out, such as the wide end of a funnel, is found from a wide one.
         reach: how much smaller steps may be, see `Hamiltonian`; with 300 chains stay out of a funnel's wide end.
         samples: draws of the target in its own coordinates, (N, d), to be used instead; not part of what is saved.
     """
@@ -122,7 +126,9 @@ class Matched(PathTeacher):
     draws: int = 16_384
     levels: int = 8
     chains: int = 64
-    warmup: int = 500
+    warmup: int = 1000
+    thin: int = 16
+    widths: tuple[float, ...] = (1.0, 10.0)
     reach: float = 3000.0
     samples: Tensor | None = field(default=None, repr=False, compare=False)
 
@@ -131,8 +137,9 @@ class Matched(PathTeacher):
         found = self
         if self.samples is None:
             kernel = Hamiltonian(8, 0.5, self.reach)
-            exchange = ReplicaExchange(kernel, self.levels, self.chains, self.warmup, thin=4)
-            drawn = exchange.sample(whitened, self.draws, seed=seed, dtype=torch.float32)
+            exchange = ReplicaExchange(kernel, self.levels, self.chains, self.warmup, self.thin)
+            base = Concentric(whitened.dim, self.widths)
+            drawn = exchange.sample(whitened, self.draws, seed=seed, base=base, dtype=torch.float32)
             found = replace(self, samples=drawn.x)
         return found, whitened.refitted(found._whitened(whitened))
 
