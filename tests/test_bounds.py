@@ -1,6 +1,7 @@
 """Bounds and corrections of maps: backward weights, SMC in the noise of a map, and what a table may call a bound."""
 
 import math
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -250,6 +251,23 @@ def test_without_the_determinant_log_z_is_wrong(monkeypatch):
         smc_through(sampler, 256, method=SequentialMonteCarlo(particles=256))
     with pytest.raises(ValueError, match="use one step"):
         Latent(MapSampler(Whitened(LAW), wide(), renoise=True), 2)
+
+
+class Folding(Affine):
+    """z -> z - tanh(2 z): its slope is negative near 0."""
+
+    def forward(self, y, t, s):
+        return super().forward(y - torch.tanh(2 * y), t, s)
+
+
+def test_smc_through_a_map_that_folds_warns_and_through_one_that_does_not_is_silent():
+    method = SequentialMonteCarlo(CrankNicolson(), 64, moves=1, keep=0.5)
+    folds = MapSampler(Whitened(LAW), Folding(torch.eye(2), torch.zeros(2)))
+    with pytest.warns(UserWarning, match=r"[1-9].*% of the points tried have no weight"):
+        smc_through(folds, 128, method=method)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        smc_through(bent(), 128, method=method)
 
 
 # ---- whitening

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, replace
+import warnings
+from collections import Counter
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -186,10 +188,12 @@ class Latent(TargetDensity):
     Args:
         sampler: whose map, jumping where it takes several steps.
         steps: of the map.
+        tally: "tried", the points at which it was evaluated, and "refused", those among them that have no weight.
     """
 
     sampler: Transport
     steps: int = 1
+    tally: Counter[str] = field(default_factory=Counter, repr=False)
 
     def __post_init__(self) -> None:
         if self.sampler.renoise and self.steps > 1:
@@ -207,7 +211,9 @@ class Latent(TargetDensity):
 
     def log_prob(self, x: Tensor) -> Tensor:
         """See `TargetDensity`, (N, d) -> (N,) float64; NaN where the map folds."""
-        return self._walked(x, weights=True)[1] + log_normal(x.double())
+        log = self._walked(x, weights=True)[1] + log_normal(x.double())
+        self.tally.update(tried=len(x), refused=int(log.isnan().sum()))
+        return log
 
     def score(self, x: Tensor) -> Tensor:
         """Refused: the determinant is taken without its own derivative."""
@@ -230,7 +236,7 @@ def smc_through(
 
     The path leads from N(0, I) to the target as the map shows it, rho(f(z)) |det Df(z)|: the better the map, the shorter. The
     moves need no gradient and have the shape of the target, because the map has it; each costs a determinant. As for the map's
-    own weights, log Z is right where the map is injective: what folds is refused.
+    own weights, log Z is right where the map is injective: what folds is refused, and a warning says how much that was.
 
     Args:
         sampler: what `distill` or `laplace` returned.
@@ -241,6 +247,10 @@ def smc_through(
     """
     begin, latent = time.perf_counter(), Latent(sampler, steps)
     found = (method or SequentialMonteCarlo(CrankNicolson(), 1024, moves=5)).sample(latent, n, seed=seed)
+    if refused := latent.tally["refused"]:
+        share = refused / latent.tally["tried"]
+        text = f"{share:.1%} of the points tried have no weight, because the map folds there: log Z is not unbiased"
+        warnings.warn(text, stacklevel=2)
     cost, calls = sampler.cost(steps), 1 + found.target_calls
     return replace(
         found,
