@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import fewstep
+import fewstep.densities.distill as distilling
 from fewstep.core.grid import times_of
 from fewstep.core.noise import Streams
 from fewstep.core.schedule import Brownian
@@ -336,6 +337,32 @@ def test_what_cannot_be_distilled_is_refused():
         CDDS.preset("papers")
     with pytest.raises(ValueError, match="renoise"):
         MapSampler(Whitened(Law(GAUSSIAN)), EDMMap(SCHEDULE, Law(GAUSSIAN)))
+
+
+def test_last_steps_that_diverge_are_taken_anew_and_slower(tmp_path, monkeypatch):
+    """Only the gradient of the first attempt is broken, then that of both."""
+    method = CDDS(size=MapConfig(8, 1), rows=256, solver_steps=16, levels=8, polish=4)
+    loss, broken = Polish.loss, [0.5]
+
+    def failing(self, player, model, batch, noise):
+        value, figures = loss(self, player, model, batch, noise)
+        return value * (math.nan if tried[-1] in broken else 1.0), figures
+
+    make, tried = distilling._trainer, []
+
+    def noted(*given):
+        tried.append(given[-1].lr / 0.004)
+        return make(*given)
+
+    monkeypatch.setattr(Polish, "loss", failing)
+    monkeypatch.setattr(distilling, "_trainer", noted)
+    given = {"target": Law(GAUSSIAN), "train_steps": 5, "batch": 64, "lr": 0.004}
+    student = fewstep.distill(GAUSSIAN, method, out=tmp_path / "a", **given)
+    assert tried == [1, 0.5, 0.125] and bool(torch.isfinite(student.sample(64).x).all())
+    assert (tmp_path / "a" / "polish_slower" / "checkpoints").is_dir()
+    broken.append(0.125)
+    with pytest.raises(FloatingPointError, match="try polish=0"):
+        fewstep.distill(GAUSSIAN, method, out=tmp_path / "b", **given)
 
 
 @pytest.mark.slow

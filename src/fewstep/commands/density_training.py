@@ -20,7 +20,7 @@ from fewstep.core.files import read_header, write_bytes
 from fewstep.core.registry import get
 from fewstep.densities.base import DensitySampler
 from fewstep.densities.diagnosis import summary
-from fewstep.densities.distill import METHODS
+from fewstep.densities.distill import METHODS, POLISHES
 from fewstep.densities.distill import distill as train_student
 from fewstep.densities.fit import FitOptions
 from fewstep.densities.fit import fit as train_teacher
@@ -76,8 +76,8 @@ class Job:
         """Write the sampler and its card; return the exit code, 130 where the training was interrupted."""
         sampler.save(self.out)
         done, seconds = _steps(self.out), time.perf_counter() - begin
-        polish = facts.get("polish", 0)  # a second training, in a folder of its own
-        stopped = done < self.options.train_steps or 0 < _steps(self.out / "polish") < polish
+        last = [self.out / name for name in POLISHES if (self.out / name).is_dir()]  # trainings of their own
+        stopped = done < self.options.train_steps or any(0 < _steps(o) < facts["polish"] for o in last[-1:])
         quality = {} if stopped else summary(sampler.sample(CHECK, seed=self.options.seed))
         record = self._record(facts, steps_done=done, interrupted=stopped, seconds=seconds, quality=quality)
         write_bytes(self.out / "README.md", density_card(self.named, record, read_header(self.out)).encode())

@@ -25,6 +25,8 @@ from fewstep.densities.whitened import Whitened
 from fewstep.training import Batches, Trainer
 
 METHODS = {"cdds": CDDS}
+# folders of the last steps, and their learning rates over that of the first
+POLISHES = {"polish": 0.5, "polish_slower": 0.125}
 OPTIONS = FitOptions(train_steps=8000, batch=1024, lr=4e-3, ema=0.999)
 
 
@@ -49,6 +51,7 @@ def distill(
     Raises:
         ValueError: an unknown method, or a denoiser without a target.
         KeyboardInterrupt: it was told to stop, and `options.out` names no folder to go on from.
+        FloatingPointError: a loss is not finite.
         TypeError: a teacher without a denoiser; fit a mixture to its draws.
     """
     options = replace(options, **overrides)
@@ -64,11 +67,30 @@ def distill(
         loss = student.polished(sampler) if first.finished else None
         if loss is None:
             return sampler
-        model, data = copy.deepcopy(first.ema).requires_grad_(True), InTurn(data, len(loss.counts))
-        shorter = replace(options, train_steps=student.polish, lr=options.lr / 2, ema=0.98)
-        second = _trainer(student, model, loss, data, Path(folder) / "polish", shorter)
-        polished = student.sampler(whitened, averaged(second, options).to("cpu"))
+        turns = InTurn(data, len(loss.counts))
+        polished = student.sampler(
+            whitened, _polished(student, first.ema, loss, turns, Path(folder), options).to("cpu")
+        )
         return max((sampler, polished), key=lambda s: s.sample(4096, 1, seed=options.seed).ess)
+
+
+def _polished(
+    student: CDDS, model: nn.Module, loss: Objective, data: Batches, out: Path, options: FitOptions
+) -> nn.Module:
+    """Return a copy of `model` after its last steps, which are taken anew, slower, where they diverge.
+
+    Raises:
+        FloatingPointError: they diverge at every rate.
+    """
+    failed: FloatingPointError | None = None
+    for name, rate in POLISHES.items():
+        shorter = replace(options, train_steps=student.polish, lr=options.lr * rate, ema=0.98)
+        trainer = _trainer(student, copy.deepcopy(model).requires_grad_(True), loss, data, out / name, shorter)
+        try:
+            return averaged(trainer, options)
+        except FloatingPointError as error:
+            failed = error
+    raise FloatingPointError("the last steps, on exact weights, diverge: try polish=0") from failed
 
 
 def _trainer(
