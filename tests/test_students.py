@@ -357,7 +357,8 @@ def test_last_steps_that_diverge_are_taken_anew_and_slower(tmp_path, monkeypatch
     monkeypatch.setattr(Polish, "loss", failing)
     monkeypatch.setattr(distilling, "_trainer", noted)
     given = {"target": Law(GAUSSIAN), "train_steps": 5, "batch": 64, "lr": 0.004}
-    student = fewstep.distill(GAUSSIAN, method, out=tmp_path / "a", **given)
+    with pytest.warns(UserWarning, match=r"diverged at 0\.5 times .* not finite"):
+        student = fewstep.distill(GAUSSIAN, method, out=tmp_path / "a", **given)
     assert tried == [1, 0.5, 0.125] and bool(torch.isfinite(student.sample(64).x).all())
     assert (tmp_path / "a" / "polish_slower" / "checkpoints").is_dir()
     broken.append(0.125)

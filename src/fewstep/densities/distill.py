@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
+import warnings
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -51,7 +52,7 @@ def distill(
     Raises:
         ValueError: an unknown method, or a denoiser without a target.
         KeyboardInterrupt: it was told to stop, and `options.out` names no folder to go on from.
-        FloatingPointError: a loss is not finite.
+        FloatingPointError: a gradient is not finite, in the last steps at every rate that is tried.
         TypeError: a teacher without a denoiser; fit a mixture to its draws.
     """
     options = replace(options, **overrides)
@@ -90,6 +91,7 @@ def _polished(
             return averaged(trainer, options)
         except FloatingPointError as error:
             failed = error
+            warnings.warn(f"the last steps diverged at {rate:g} times the learning rate ({error})", stacklevel=3)
     raise FloatingPointError("the last steps, on exact weights, diverge: try polish=0") from failed
 
 
