@@ -163,18 +163,6 @@ def test_a_training_that_was_stopped_leaves_no_row_and_no_sampler(tmp_path, monk
     assert method not in kept and method not in (tmp_path / "d.jsonl").read_text()
 
 
-def test_after_smc_through_a_map_that_folds_there_is_no_lower_bound(tmp_path, monkeypatch):
-    def rows(folds):
-        draws = Draws(
-            torch.zeros(8, 2), torch.zeros(8).double().index_fill(0, torch.arange(folds), math.nan), "unbiased"
-        )
-        monkeypatch.setattr(densities.Bench, "_draws", lambda *_: draws)
-        drawn = run(tmp_path / f"{folds}.json", methods=("cdds",), seeds=1).tables["nine_modes: draws"]
-        return next(row for row in drawn if row["method"] == "cdds, then SMC")
-
-    assert rows(0)["ELBO"] is not None and rows(1)["ELBO"] is None
-
-
 @pytest.mark.slow
 def test_speed_is_told(tmp_path, capsys):
     (row,) = run(None, seeds=1, speed=True).tables["nine_modes: speed"]

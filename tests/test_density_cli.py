@@ -473,6 +473,10 @@ def test_weights_mend_draws_and_their_faults_are_named():
     heavy = diagnose(Draws(broken, 5 * z[:, 0].double() ** 2, "unbiased"), density, rows=50)
     assert "k-hat" in heavy.warnings()[0] and "1 of 4000 draws are not finite" in heavy.warnings()[1]
     assert missing_bounds(-1.0, 1.0) == [] and "misses" in missing_bounds(3.0, 4.0)[0]
+    signs = 1 - 2 * (z[:, 0] > 3).double()
+    turned = diagnose(Draws(wide.x, 0 * signs, "unbiased", signs=signs), density)
+    assert f"folds at {turned.draws.folds} of 4000 draws" in turned.warnings()[0] and turned.summary["folds"] > 0
+    assert "elbo" not in turned.summary and "draws of negative weight" in render(turned, "t", "c")
     for case in (found, invalid, heavy):
         assert render(case, "<title>", "a command").count("<img") >= 3
 
@@ -494,6 +498,19 @@ def test_without_exact_draws_the_stein_discrepancy_speaks(boxed):
     value, error = diagnose(Draws(right**2 if boxed else 0.7 * right), law, rows=600).stein
     assert value > 5 * error
     assert "Stein" in render(found, "t", "c") and found.record()["squared_stein_discrepancy"]["error"] > 0
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".npz", ".csv"])
+def test_signs_of_weights_survive_the_disk(tmp_path, suffix):
+    log_w, signs = torch.zeros(6).double(), torch.tensor([1.0, -1, 1, 1, 1, 1]).double()
+    draws, path = Draws(torch.zeros(6, 2), log_w, "unbiased", signs=signs), tmp_path / f"d{suffix}"
+    write_draws(path, draws)
+    if suffix == ".csv":
+        head, _, second = path.read_text().splitlines()[:3]
+        assert head == "x_1,x_2,log_weight,sign" and second == "0,0,0,-1"
+        return
+    again = read_draws(path)
+    assert torch.equal(again.signs, signs) and again.log_z == draws.log_z == pytest.approx(-0.405465)
 
 
 def test_draws_that_do_not_fit_are_refused(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -325,6 +326,34 @@ def test_broken_rows_are_counted_and_weigh_nothing():
     draws = Draws(x, log_w, "unbiased")
     assert draws.nonfinite == 3 and draws.log_z == pytest.approx(math.log(4 / 8)) and draws.elbo == -math.inf
     assert float(draws.expectation(lambda v: v)[0]) == 0
+
+
+def test_negative_weights():
+    """E[w] = E[|w|] (1 - 2 p): log Z, ESS and expectations by signs, which rows are picked, and the interval's ends."""
+    n = 100_000
+    e = normals(n, 2)
+    negative = torch.arange(n) % 10 == 0
+    log_w, signs = 0.3 * e[:, 0].double() - 0.045, torch.where(negative, -1.0, 1.0).double()
+    x = torch.where(negative[:, None], 5.0, e[:, 1:]).float()
+    draws = Draws(x, log_w, "unbiased", signs=signs)
+    low, high = draws.log_z_interval(0.9999)
+    assert draws.folds == n // 10 and low < math.log(0.8) < high < math.log(0.8) + 0.02
+    assert draws.ess == pytest.approx(0.8**2 / math.exp(0.09), rel=0.02)
+    mean, error = draws.expectation(lambda v: v)
+    assert abs(float(mean) + 0.1 * 5 / 0.8) < 4 * float(error) < 0.1, "(0.9 E[x] - 0.1 * 5) / 0.8"
+    assert float(draws.resample(1000).x.max()) < 5, "no row of negative weight is picked"
+    heavy = replace(draws, log_weights=5 * log_w.square() * 20)
+    assert heavy.log_z_interval() == (-math.inf, math.inf), "Markov's bound needs positive weights"
+    assert replace(draws, signs=-signs).log_z == -math.inf and replace(draws, signs=-signs).ess == 0
+    plain = replace(draws, signs=None)
+    both = Draws.concatenate([draws, plain])
+    assert both.folds == draws.folds and both.log_z == pytest.approx(math.log(0.9), abs=0.01)
+    assert Draws.concatenate([plain, plain]).signs is None and draws.picked(torch.arange(5), 1).signs is None
+    for bad in (signs[:3], 0.5 * signs):
+        with pytest.raises(ValueError, match="signs"):
+            replace(draws, signs=bad)
+    with pytest.raises(ValueError, match="signs"):
+        Draws(x, signs=signs)
 
 
 def test_concatenation_averages_costs():

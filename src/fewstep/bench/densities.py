@@ -37,9 +37,9 @@ NOTES = (
     f"{PUBLISHED}: as the published tables have it, and only to stand beside them.",
     "weights: unbiased, or none (no log Z can be had). ELBO: mean log w, at most log Z in expectation, left out where a map "
     "was seen to fold; EUBO: the same over exact draws, at least log Z. low, high: 95 % interval of log Z, without an upper end "
-    "where k-hat forbids one; covers: whether it holds the truth, open where it has no upper end. refused: draws without a valid "
-    "weight, of a map that folds. A value with ± is a mean over seeds with its 95 % interval; log Z and the ends of its "
-    "interval are then means too.",
+    "where k-hat forbids one; covers: whether it holds the truth, open where it has no upper end. folds: draws at which the map has "
+    "turned over, whose weights are negative; refused: draws without a valid weight. A value with ± is a mean over seeds with its "
+    "95 % interval; log Z and the ends of its interval are then means too.",
     "resampled: one-step draws by their weights. then SMC: sequential Monte Carlo in the noise that the one-step map starts "
     "from; its log Z is the corrected one.",
     "training: calls of networks, of log rho and of its gradient, one per point, with those of the teacher; core minutes are "
@@ -239,9 +239,7 @@ class Bench:
     def _corrected(self, name: str) -> Callable[[Workshop], dict[str, Any]]:
         def row(shop: Workshop) -> dict[str, Any]:
             found = self.truth.corrected(cast(Transport, shop.trained(name).sampler), shop.seed)
-            figures = costed(self.truth, found, found.resample(seed=shop.seed))
-            # what the map's folds refuse leaves no trace among particles, and their weights bound nothing either
-            return figures | {"ELBO": None} if self._draws(shop, name, 1).nonfinite else figures
+            return costed(self.truth, found, found.resample(seed=shop.seed))
 
         return row
 

@@ -148,7 +148,7 @@ class Truth:
 
     def weighted(self, draws: Draws) -> dict[str, Any]:
         """Return kind, ESS, k-hat, log Z with its interval, and whether it holds the truth; nothing where there are no weights."""
-        row: dict[str, Any] = {"weights": draws.kind or "none", "refused": draws.nonfinite}
+        row: dict[str, Any] = {"weights": draws.kind or "none", "folds": draws.folds, "refused": draws.nonfinite}
         if draws.kind != "unbiased":
             return row
         low, high = draws.log_z_interval()
@@ -163,7 +163,7 @@ class Truth:
 
         One that lies above log Z by more than its error allows says that something is wrong, and is not shown as a bound.
         """
-        if draws.kind not in ("unbiased", "bound") or draws.nonfinite:
+        if draws.kind not in ("unbiased", "bound") or draws.nonfinite or draws.folds:
             return None
         value, error = bound(draws.weights_for("elbo"), draws.group)
         return value if not value - 4 * error > self.known[1] else ABOVE

@@ -20,6 +20,7 @@ ORDER = (
     "target calls",
     "gradient calls",
     "weights",
+    "folds",
     "refused",
     "ESS",
     "k-hat",

@@ -34,11 +34,23 @@ class Cost(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """What a sampler gives for one chunk: y, (N, d) whitened; log-weights, (N,) float64, or None; the calls per sample."""
+    """What a sampler gives for one chunk: y, (N, d) whitened; log-weights, (N,) float64, or None; the calls per sample.
+
+    Where weights may be negative their signs, (N,), come beside the logarithms of their sizes.
+    """
 
     y: Tensor
     log_weights: Tensor | None
     cost: Cost
+    signs: Tensor | None = None
+
+
+class Walked(NamedTuple):
+    """Where a map leads: y, (N, d) whitened, with log |w| and the sign of w, (N,) float64 each."""
+
+    y: Tensor
+    log_weights: Tensor
+    signs: Tensor
 
 
 class DensitySampler(ABC):
@@ -120,6 +132,8 @@ class DensitySampler(ABC):
         begin, size = time.perf_counter(), -(-chunk // Streams.SIZE) * Streams.SIZE
         parts = [self.draw(Streams(seed, range(k, min(k + size, n))), steps, weights) for k in range(0, n, size)]
         logs = [part.log_weights.double() for part in parts if part.log_weights is not None]
+        signs = [part.signs.double() for part in parts if part.signs is not None]
+        turned = bool(signs) and bool((torch.cat(signs) < 0).any())
         return Draws(
             x=self.whitened.to_x(torch.cat([part.y for part in parts])),
             log_weights=torch.cat(logs) if logs else None,
@@ -127,6 +141,7 @@ class DensitySampler(ABC):
             **parts[0].cost._asdict(),
             seconds=time.perf_counter() - begin,
             seed=seed,
+            signs=torch.cat(signs) if turned else None,
         )
 
     @final
@@ -155,8 +170,8 @@ class Transport(DensitySampler):
     renoise: bool = False
 
     @abstractmethod
-    def walked(self, z: Tensor, steps: int, noise: Noise, weights: bool) -> tuple[Tensor, Tensor]:
-        """Return y, (N, d) whitened, from z, (N, d), and log w, (N,) float64, if `weights`, otherwise zeros."""
+    def walked(self, z: Tensor, steps: int, noise: Noise, weights: bool) -> Walked:
+        """Return y, (N, d) whitened, from z, (N, d), and its weights if `weights`, otherwise ones."""
 
     @abstractmethod
     def cost(self, steps: int, weights: bool = True) -> Cost:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
-from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from fewstep.core.density import TargetDensity
 from fewstep.core.noise import Noise, Streams, mix
-from fewstep.densities.base import Transport
+from fewstep.densities.base import Transport, Walked
 from fewstep.densities.draws import Draws
 from fewstep.densities.estimators.gaussian import log_normal
 from fewstep.densities.mcmc.base import MonteCarlo
@@ -45,7 +43,7 @@ def independence_metropolis(draws: Draws, chains: int = 32, burn_in: float = 0.2
         raise ValueError(f"needs independent draws with unbiased weights, got kind {draws.kind!r}, group {draws.group}")
     if length < 2 or not 0 <= burn_in < 1:
         raise ValueError(f"{len(draws)} draws do not fill {chains} chains of two, or burn_in lies outside [0, 1)")
-    log_w = draws.weights_for("log_z")[: chains * length].reshape(chains, length)
+    log_w = draws.chances()[: chains * length].reshape(chains, length)
     log_u = Streams(seed, range(chains), torch.float64, log_w.device).rand(length).log()
     at = torch.zeros(chains, dtype=torch.long, device=log_w.device)
     path, row = [], torch.arange(chains, device=log_w.device)
@@ -188,12 +186,10 @@ class Latent(TargetDensity):
     Args:
         sampler: whose map, jumping where it takes several steps.
         steps: of the map.
-        tally: "tried", the points at which it was evaluated, and "refused", those among them that have no weight.
     """
 
     sampler: Transport
     steps: int = 1
-    tally: Counter[str] = field(default_factory=Counter, repr=False)
 
     def __post_init__(self) -> None:
         if self.sampler.renoise and self.steps > 1:
@@ -210,20 +206,19 @@ class Latent(TargetDensity):
         return self.sampler.target.log_z
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """See `TargetDensity`, (N, d) -> (N,) float64; NaN where the map folds."""
-        log = self._walked(x, weights=True)[1] + log_normal(x.double())
-        self.tally.update(tried=len(x), refused=int(log.isnan().sum()))
-        return log
+        """See `TargetDensity`, (N, d) -> (N,) float64."""
+        return self._walked(x, weights=True).log_weights + log_normal(x.double())
 
     def score(self, x: Tensor) -> Tensor:
         """Refused: the determinant is taken without its own derivative."""
         raise NotImplementedError("this density has no gradient: use moves that need none, as `CrankNicolson`")
 
-    def to_x(self, z: Tensor) -> Tensor:
-        """Return what the map makes of z, (N, d) -> (N, d), in the coordinates of the target."""
-        return self.sampler.whitened.to_x(self._walked(z, weights=False)[0])
+    def to_x(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return what the map makes of z, (N, d) -> (N, d), in the coordinates of the target; and its signs, (N,), if it folds."""
+        y, _, signs = self._walked(z, weights=True)
+        return self.sampler.whitened.to_x(y), signs if bool((signs < 0).any()) else None
 
-    def _walked(self, z: Tensor, weights: bool) -> tuple[Tensor, Tensor]:
+    def _walked(self, z: Tensor, weights: bool) -> Walked:
         unused = Streams(0, range(1), device=z.device)  # jumps take no noise but their start
         return self.sampler.walked(z.float(), self.steps, unused, weights)
 
@@ -235,8 +230,8 @@ def smc_through(
     """Return weighted draws by sequential Monte Carlo in the noise that a map starts from (Hoffman et al. 2019, arXiv:1903.03704).
 
     The path leads from N(0, I) to the target as the map shows it, rho(f(z)) |det Df(z)|: the better the map, the shorter. The
-    moves need no gradient and have the shape of the target, because the map has it; each costs a determinant. As for the map's
-    own weights, log Z is right where the map is injective: what folds is refused, and a warning says how much that was.
+    moves need no gradient and have the shape of the target, because the map has it; each costs a determinant. Where the map folds
+    the path leads to more than the target, and what is too much is taken off by the signs of determinants, see `Draws`.
 
     Args:
         sampler: what `distill` or `laplace` returned.
@@ -247,14 +242,13 @@ def smc_through(
     """
     begin, latent = time.perf_counter(), Latent(sampler, steps)
     found = (method or SequentialMonteCarlo(CrankNicolson(), 1024, moves=5)).sample(latent, n, seed=seed)
-    if refused := latent.tally["refused"]:
-        share = refused / latent.tally["tried"]
-        text = f"{share:.1%} of the points tried have no weight, because the map folds there: log Z is not unbiased"
-        warnings.warn(text, stacklevel=2)
+    x, signs = latent.to_x(found.x)
     cost, calls = sampler.cost(steps), 1 + found.target_calls
     return replace(
         found,
-        x=latent.to_x(found.x),
+        x=x,
+        signs=signs,
+        target_calls=calls,
         nfe=cost.nfe * calls,
         gradient_calls=cost.gradient_calls * calls,
         seconds=time.perf_counter() - begin,

@@ -104,6 +104,11 @@ class Diagnosis:
             )
         if self.draws.nonfinite:
             found.append(f"{self.draws.nonfinite} of {n} draws are not finite, or have a weight that is none")
+        if self.draws.folds:
+            found.append(
+                f"the map folds at {self.draws.folds} of {n} draws: their weights are negative, which keeps log Z and expectations "
+                "right, but they cannot be picked, so that what is picked by weight is not quite the target"
+            )
         if self.draws.kind == "invalid":
             found.append("the weights are of the kind 'invalid': they say nothing about the density")
         if (ends := self.summary.get("log_z_interval")) and (truth := _known_log_z(self.target)):
@@ -157,6 +162,7 @@ def summary(draws: Draws, level: float = 0.95) -> dict[str, Any]:
         "draws": len(draws),
         "kind": draws.kind,
         "nonfinite": draws.nonfinite,
+        "folds": draws.folds,
         "nfe": draws.nfe,
         "target_calls": draws.target_calls,
         "gradient_calls": draws.gradient_calls,

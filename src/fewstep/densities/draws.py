@@ -39,6 +39,9 @@ class Draws:
         seed: what they came from.
         group: so many consecutive rows hang together (a chain, the particles of one run): errors are those of independent
             groups.
+        signs: of the weights, (N,) float64 of 1 and -1, or None where none is negative. A map that folds counts mass more than
+            once, and with the sign of its determinant that is taken off again: what weights say stays right. Rows of negative
+            weight cannot be picked, so `resample` and chains leave them out, and then stand for the target only nearly.
 
     Raises:
         ValueError: shapes that do not fit, or a kind without weights or the reverse.
@@ -53,6 +56,7 @@ class Draws:
     seconds: float = 0.0
     seed: int = 0
     group: int = 1
+    signs: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.x.ndim != 2 or not len(self.x):
@@ -66,6 +70,11 @@ class Draws:
         if self.log_weights is not None:
             if self.log_weights.shape != self.x.shape[:1] or self.log_weights.dtype != torch.float64:
                 raise ValueError(f"expected log-weights ({len(self.x)},) float64, got {self.log_weights.shape}")
+        if self.signs is not None:
+            if self.log_weights is None or self.signs.shape != self.log_weights.shape:
+                raise ValueError("signs belong to log-weights, one each")
+            if not bool((self.signs.abs() == 1).all()):
+                raise ValueError("signs are 1 or -1")
 
     def __len__(self) -> int:
         return len(self.x)
@@ -79,9 +88,14 @@ class Draws:
         return int(self._broken().sum())
 
     @property
+    def folds(self) -> int:
+        """Rows of negative weight: there the map that drew them has turned over."""
+        return 0 if self.signs is None else int((self.signs < 0).sum())
+
+    @property
     def ess(self) -> float:
         """Effective sample size (sum w)^2 / (N sum w^2), a fraction of N; of the last weighting alone where `group` > 1."""
-        return weights.ess(self.weights_for("ess"))
+        return weights.ess(self.weights_for("ess"), self.signs)
 
     @property
     def khat(self) -> float:
@@ -91,23 +105,30 @@ class Draws:
     @property
     def log_z(self) -> float:
         """The estimate of log Z in nats, log mean w."""
-        return weights.log_mean(self.weights_for("log_z"))
+        return weights.log_mean(self.weights_for("log_z"), self.signs)
 
     @property
     def elbo(self) -> float:
-        """Mean log w, below log Z in expectation; -inf where any draw has weight zero."""
+        """Mean log w, below log Z in expectation; -inf where any draw has weight zero. ValueError where any is negative."""
+        if self.folds:
+            raise ValueError(f"{self.folds} of {len(self)} weights are negative: their logarithms bound nothing")
         return float(self.weights_for("elbo").mean())
 
     def weights_for(self, what: str) -> Tensor:
-        """Return the log-weights, (N,), broken rows as zero, if their kind allows `what`; else ValueError."""
+        """Return the logarithms of the weights' sizes, (N,), broken rows as zero, if their kind allows `what`; else ValueError."""
         log_w = self._given()
         if self.kind is not None and what not in _ALLOWED[self.kind]:
             raise ValueError(f"weights of kind {self.kind!r} give no {what}")
         return log_w.masked_fill(self._broken(), -math.inf)
 
+    def chances(self) -> Tensor:
+        """Return the log-weights by which rows can be picked, (N,): those that `expectation` uses, negative weights as zero."""
+        log_w = self.weights_for("expectation")
+        return log_w if self.signs is None else log_w.masked_fill(self.signs < 0, -math.inf)
+
     def log_z_interval(self, level: float = 0.95) -> tuple[float, float]:
         """Return an interval of log Z; without an upper end where `khat` says that none can be had. See `weights`."""
-        return weights.log_z_interval(self.weights_for("log_z"), level, self.group)
+        return weights.log_z_interval(self.weights_for("log_z"), level, self.group, self.signs)
 
     def expectation(self, f: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         """Return the expectation of f(x), (N, d) -> (N, ...), under the target, and its standard error.
@@ -115,7 +136,7 @@ class Draws:
         Self-normalised; without weights the plain mean.
         """
         log_w = None if self.log_weights is None else self.weights_for("expectation")
-        return weights.expectation(f(self.x), log_w, self.group)
+        return weights.expectation(f(self.x), log_w, self.group, self.signs)
 
     def resample(self, n: int | None = None, seed: int = 0) -> Draws:
         """Return n rows drawn with probability in proportion to their weights, by one uniform comb, in random order.
@@ -124,7 +145,7 @@ class Draws:
         """
         n, generator = n or len(self), torch.Generator().manual_seed(seed)
         offset = torch.rand(1, generator=generator, dtype=torch.float64)
-        rows = weights.comb(self.weights_for("expectation")[None].cpu(), offset, n)[0]
+        rows = weights.comb(self.chances()[None].cpu(), offset, n)[0]
         rows = rows[torch.randperm(n, generator=generator)].to(self.x.device)
         return self.picked(rows, group=n)
 
@@ -135,6 +156,7 @@ class Draws:
             self,
             x=self.x[rows],
             log_weights=None,
+            signs=None,
             kind=None,
             nfe=share * self.nfe,
             target_calls=share * self.target_calls,
@@ -153,10 +175,14 @@ class Draws:
         if any(p.kind != head.kind or p.group != head.group for p in parts):
             raise ValueError("draws of different kinds or groups cannot be joined")
         log_w = None if head.log_weights is None else torch.cat([p._given() for p in parts])
+        signs = [
+            torch.ones_like(p._given()) if p.signs is None else p.signs for p in parts if any(q.folds for q in parts)
+        ]
         return replace(
             head,
             x=torch.cat([p.x for p in parts]),
             log_weights=log_w,
+            signs=torch.cat(signs) if signs else None,
             nfe=sum(len(p) * p.nfe for p in parts) / total,
             target_calls=sum(len(p) * p.target_calls for p in parts) / total,
             gradient_calls=sum(len(p) * p.gradient_calls for p in parts) / total,

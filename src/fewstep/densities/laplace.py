@@ -16,7 +16,7 @@ from torch.func import jacfwd
 
 from fewstep.core.density import TargetDensity
 from fewstep.core.noise import Noise
-from fewstep.densities.base import Cost, Drawn, Transport
+from fewstep.densities.base import Cost, Drawn, Transport, Walked
 from fewstep.densities.estimators.gaussian import log_normal
 from fewstep.densities.whitened import Whitened
 
@@ -40,12 +40,13 @@ class Laplace(Transport):
 
     def draw(self, noise: Noise, steps: int, weights: bool) -> Drawn:
         """See `DensitySampler`; the number of steps makes no difference."""
-        y, log_w = self.walked(noise.randn(self.target.dim), steps, noise, weights)
+        y, log_w, _ = self.walked(noise.randn(self.target.dim), steps, noise, weights)
         return Drawn(y, log_w if weights else None, self.cost(steps, weights))
 
-    def walked(self, z: Tensor, steps: int, noise: Noise, weights: bool) -> tuple[Tensor, Tensor]:
+    def walked(self, z: Tensor, steps: int, noise: Noise, weights: bool) -> Walked:
         """See `Transport`: nothing is left to do in whitened coordinates."""
-        return z, self._log_weights(z) if weights else z.new_zeros(len(z)).double()
+        ones = z.new_ones(len(z)).double()
+        return Walked(z, self._log_weights(z) if weights else torch.zeros_like(ones), ones)
 
     def cost(self, steps: int, weights: bool = True) -> Cost:
         """See `Transport`."""

@@ -64,6 +64,8 @@ def summary_rows(summary: Mapping[str, Any], target: TargetDensity) -> dict[str,
         rows["k-hat"] = f"{s['khat']:.3f}, should be below {limit(s['draws']):.2f}"
     if s["nonfinite"]:
         rows["not finite"] = f"{s['nonfinite']} draws, which count as weight zero"
+    if s["folds"]:
+        rows["folds"] = f"{s['folds']} draws of negative weight"
     rows["calls per draw"] = (
         f"{s['nfe']:g} network, {s['target_calls']:g} log-density, {s['gradient_calls']:g} gradient"
     )
@@ -213,7 +215,7 @@ def _usable(found: Diagnosis) -> tuple[Tensor, Tensor | None]:
     x = found.draws.x[finite].detach().cpu().float()
     if found.summary.get("log_z", -math.inf) == -math.inf:
         return x, None
-    return x, found.draws.weights_for("expectation")[finite].softmax(0).cpu()
+    return x, found.draws.chances()[finite].softmax(0).cpu()
 
 
 def _estimates(known: Known) -> dict[str, tuple[Tensor, Tensor]]:

@@ -19,7 +19,7 @@ from fewstep.densities.draws import Draws
 
 SUFFIXES = (".safetensors", ".npz", ".csv")
 _FACTS = "facts"  # under this name the numbers that are no arrays, as JSON
-_ARRAYS = ("x", "log_weights")
+_ARRAYS = ("x", "log_weights", "signs")
 
 
 def check_suffix(path: Path) -> None:
@@ -29,16 +29,17 @@ def check_suffix(path: Path) -> None:
 
 
 def write_draws(path: Path, draws: Draws) -> None:
-    """Write `draws`, atomically: arrays x and log_weights and their facts, or in a .csv columns x_1, ..., x_d, log_weight.
+    """Write `draws`, atomically: arrays x, log_weights and signs and their facts; in a .csv x_1, ..., x_d, log_weight, sign.
+
+    The signs are left out where all weights are positive.
 
     Raises:
         ValueError: a file of another kind.
     """
     check_suffix(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    arrays = {"x": draws.x.detach().cpu().contiguous()}
-    if draws.log_weights is not None:
-        arrays["log_weights"] = draws.log_weights.detach().cpu().contiguous()
+    given = {"x": draws.x, "log_weights": draws.log_weights, "signs": draws.signs}
+    arrays = {name: value.detach().cpu().contiguous() for name, value in given.items() if value is not None}
     facts = json.dumps({f.name: getattr(draws, f.name) for f in dataclasses.fields(draws) if f.name not in _ARRAYS})
     if path.suffix == ".safetensors":
         write_bytes(path, save(arrays, {_FACTS: facts}))
@@ -48,7 +49,7 @@ def write_draws(path: Path, draws: Draws) -> None:
         plain: dict[str, Any] = {_FACTS: np.array(facts), **{name: value.numpy() for name, value in arrays.items()}}
         np.savez(buffer, **plain)
     else:
-        head = [f"x_{i + 1}" for i in range(draws.x.shape[1])] + ["log_weight"] * (len(arrays) - 1)
+        head = [f"x_{i + 1}" for i in range(draws.x.shape[1])] + ["log_weight", "sign"][: len(arrays) - 1]
         columns = [arrays["x"].double(), *(v[:, None] for v in list(arrays.values())[1:])]
         np.savetxt(buffer, torch.cat(columns, 1).numpy(), "%.9g", ",", header=",".join(head), comments="")
     write_bytes(path, buffer.getvalue())
@@ -67,7 +68,7 @@ def read_draws(path: Path) -> Draws:
         arrays, facts = readers[path.suffix](path)
         known = {f.name for f in dataclasses.fields(Draws)} - set(_ARRAYS)
         given = {name: value for name, value in json.loads(facts).items() if name in known}
-        return Draws(arrays["x"], arrays.get("log_weights"), **given)
+        return Draws(arrays["x"], arrays.get("log_weights"), signs=arrays.get("signs"), **given)
     except KeyError:
         raise ValueError(f"{path} holds no array x") from None
     except (OSError, ValueError, TypeError, SafetensorError) as error:

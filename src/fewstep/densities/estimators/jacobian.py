@@ -1,8 +1,8 @@
 r"""log|det Df| of a map z -> y = f(z) from R^d to R^d: exact by forward mode, or by Lanczos with an error bar in high dimension.
 
 With z ~ p_0 and f injective the weight of y for an unnormalised density rho is w = rho(y) |det Df(z)| / p_0(z), and E[w] is
-the mass of rho on the image of f: Z where f is onto. Where f folds, E[w] counts the mass once per preimage and is no estimate
-of Z; a sign of det Df that changes between draws proves it.
+the mass of rho on the image of f: Z where f is onto. Where f folds, a sign of det Df that changes between draws proves it, and
+E[w] counts the mass once per preimage; with the sign, rho(y) det Df(z) / p_0(z), as often as the degree of f says.
 """
 
 from __future__ import annotations

@@ -11,15 +11,16 @@ then f again. The last f maps y_K to y; the levels before it are weighted with t
 
 a ratio of two normalised laws of (y_1, ..., y_K). Its spread grows with the number of steps; that of jumps falls.
 
-Both are unbiased where the (last) map is injective. A negative determinant proves a fold, through which the same y is counted
-more than once: such draws get the weight NaN, which `Draws.nonfinite` counts.
+Both are unbiased whether or not the (last) map folds, because weights have the sign of its determinant: summed over all z that
+lead to y these signs give the degree of the map, which is 1 wherever the map is proper and can be deformed to the identity through
+proper maps. Maps of `MAPS` whose networks are bounded can: let the network vanish. Without the signs, or without the draws at which
+they are negative, mass under a fold would be counted two or three times.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -32,7 +33,7 @@ from fewstep.core.density import TargetDensity
 from fewstep.core.grid import times_of
 from fewstep.core.noise import Noise
 from fewstep.core.schedule import VariancePreserving
-from fewstep.densities.base import Cost, Drawn, Transport
+from fewstep.densities.base import Cost, Drawn, Transport, Walked
 from fewstep.densities.estimators.inverse import invert, nearest
 from fewstep.densities.estimators.jacobian import determinant
 from fewstep.densities.students._maps import MAPS, FlowMap, MapConfig, described
@@ -75,20 +76,18 @@ class MapSampler(Transport):
 
     def draw(self, noise: Noise, steps: int, weights: bool) -> Drawn:
         """See `DensitySampler`."""
-        y, log_w = self.walked(noise.randn(self.flow_map.dim), steps, noise, weights)
-        if weights:
-            _tell_folds(int(log_w.isnan().sum()), len(log_w))
-        return Drawn(y, log_w if weights else None, self.cost(steps, weights))
+        y, log_w, signs = self.walked(noise.randn(self.flow_map.dim), steps, noise, weights)
+        return Drawn(y, log_w, self.cost(steps), signs) if weights else Drawn(y, None, self.cost(steps, False))
 
     def cost(self, steps: int, weights: bool = True) -> Cost:
         """See `Transport`."""
         return Cost(steps, int(weights), steps * self.flow_map.guided)
 
-    def walked(self, z: Tensor, steps: int, noise: Noise, weights: bool) -> tuple[Tensor, Tensor]:
-        """See `Transport`; NaN where the map has turned over."""
+    def walked(self, z: Tensor, steps: int, noise: Noise, weights: bool) -> Walked:
+        """See `Transport`; negative where the map has turned over."""
         walk = renoised if self.renoise else jumped
-        y, log_w = walk(self.flow_map, z, self.times(steps).to(z), noise, weights)
-        return y, log_w + self.whitened.log_prob(y).double() if weights else log_w
+        found = walk(self.flow_map, z, self.times(steps).to(z), noise, weights)
+        return found._replace(log_weights=found.log_weights + self._log_rho(found.y)) if weights else found
 
     def backward_weights(self, y: Tensor, steps: int, noise: Noise) -> Tensor:
         """See `DensitySampler`: of one preimage under the jumps. Of several, each alone gives a larger weight: still a bound."""
@@ -97,7 +96,7 @@ class MapSampler(Transport):
         function = partial(_walked, self.flow_map, self.times(steps).to(y))
         some = noise.randn(self.flow_map.dim)
         z, found = invert(function, y, nearest(some, function(some), y))
-        log_w = determinant(function, z).log_abs - _standard(z) + self.whitened.log_prob(y).double()
+        log_w = determinant(function, z).log_abs - _standard(z) + self._log_rho(y)
         return log_w.masked_fill(~found, math.inf)
 
     def config(self) -> dict[str, Any]:
@@ -118,19 +117,22 @@ class MapSampler(Transport):
         grid = config["grid"] if isinstance(config["grid"], str) else tuple(config["grid"])
         return cls(whitened, flow_map.eval(), config["steps"], grid, config["renoise"])
 
+    def _log_rho(self, y: Tensor) -> Tensor:
+        return self.whitened.log_prob(y).double()
 
-def jumped(flow_map: FlowMap, z: Tensor, times: Tensor, noise: Noise, weights: bool) -> tuple[Tensor, Tensor]:
-    """Return y, (N, d), by jumps along `times`, and log w - log rho(y), (N,) float64, if `weights`, otherwise zeros."""
-    log_w, y = -_standard(z) if weights else z.new_zeros(len(z)).double(), z
+
+def jumped(flow_map: FlowMap, z: Tensor, times: Tensor, noise: Noise, weights: bool) -> Walked:
+    """Return y, (N, d), by jumps along `times`, and the weights without rho(y) if `weights`, otherwise ones."""
+    walked = _started(z, weights)
     for t, s in itertools.pairwise(times):
-        y, log_w = _pushed(flow_map, y, t, s, log_w, weights)
-    return y, log_w
+        walked = _pushed(flow_map, walked, t, s, weights)
+    return walked
 
 
-def renoised(flow_map: FlowMap, z: Tensor, times: Tensor, noise: Noise, weights: bool) -> tuple[Tensor, Tensor]:
-    """Return y, (N, d), by samples that are noised again to `times`, and log w - log rho(y) as `jumped` does."""
+def renoised(flow_map: FlowMap, z: Tensor, times: Tensor, noise: Noise, weights: bool) -> Walked:
+    """Return y, (N, d), by samples that are noised again to `times`, and the weights without rho(y) as `jumped` does."""
     schedule, zero = flow_map.schedule, times.new_zeros(())
-    log_w, y = -_standard(z) if weights else z.new_zeros(len(z)).double(), z
+    y, log_w, signs = _started(z, weights)
     for t, s in itertools.pairwise(times[:-1]):
         (alpha_t, _), (alpha, sigma) = schedule(t), schedule(s)
         e = noise.randn_like(y)
@@ -140,25 +142,23 @@ def renoised(flow_map: FlowMap, z: Tensor, times: Tensor, noise: Noise, weights:
         back = _standard((y - share * lower) / variance.sqrt()) - y.shape[1] * variance.double().sqrt().log()
         log_w = log_w + back - (_standard(e) - y.shape[1] * sigma.double().log())
         y = lower
-    return _pushed(flow_map, y, times[-2], zero, log_w, weights)
+    return _pushed(flow_map, Walked(y, log_w, signs), times[-2], zero, weights)
 
 
-def _pushed(flow_map: FlowMap, y: Tensor, t: Tensor, s: Tensor, log_w: Tensor, weights: bool) -> tuple[Tensor, Tensor]:
-    """Return G(y, t, s) and `log_w` with the log-determinant added; NaN where the map has turned over."""
+def _started(z: Tensor, weights: bool) -> Walked:
+    """Return z with the weights 1 / N(z; 0, I) if `weights`, otherwise ones."""
+    ones = z.new_ones(len(z)).double()
+    return Walked(z, -_standard(z) if weights else torch.zeros_like(ones), ones)
+
+
+def _pushed(flow_map: FlowMap, walked: Walked, t: Tensor, s: Tensor, weights: bool) -> Walked:
+    """Return G(y, t, s), and the weights times its determinant, with the sign, if `weights`."""
+    y, log_w, signs = walked
     if not weights:
-        return torch.cat([flow_map(part, t, s) for part in y.split(_ROWS)]), log_w
+        return walked._replace(y=torch.cat([flow_map(part, t, s) for part in y.split(_ROWS)]))
     found = determinant(partial(_call, flow_map, t, s), y)
-    return found.y, log_w + found.log_abs.masked_fill(found.sign <= 0, math.nan)
-
-
-def _tell_folds(folds: int, count: int) -> None:
-    """Warn where the map has turned over: mass is then counted once per preimage."""
-    if folds:
-        warnings.warn(
-            f"the map folds at {folds} of {count} draws, so it is not injective: these draws are refused, and the weights of the "
-            "others are not unbiased; they make log Z too high by about what the refused ones would have carried",
-            stacklevel=3,
-        )
+    turned = torch.where(found.sign < 0, -signs, signs)  # where it is 0, so is the weight
+    return Walked(found.y, log_w + found.log_abs, turned)
 
 
 def _call(flow_map: FlowMap, t: Tensor, s: Tensor, y: Tensor) -> Tensor:
