@@ -12,6 +12,7 @@ import fewstep.densities.distill as distilling
 from fewstep.core.grid import times_of
 from fewstep.core.noise import Streams
 from fewstep.core.schedule import Brownian
+from fewstep.densities.distill import better
 from fewstep.densities.estimators.jacobian import determinant
 from fewstep.densities.students._maps import (
     ACTIVATIONS,
@@ -327,6 +328,23 @@ def test_teachers_of_other_schedules_are_taken_along():
     z = Streams(0, range(64)).randn(2)
     times = times_of("edm", SCHEDULE, 64)
     assert torch.allclose(flow_points(ready(brownian), z, times)[-1], flow_points(GAUSSIAN, z, times)[-1], atol=1e-4)
+
+
+def test_a_map_that_has_lost_a_mode_is_no_better():
+    """One map is exact on one mode of two, where its ESS is nearly 1; the others have both, badly and less so."""
+    law = fewstep.target("two_modes", dim=2)
+    means, roots = law.components.means.float(), law.components.roots.float()
+    half, wide_one, finer = (
+        MapSampler(Whitened(law), Affine(matrix, shift))
+        for matrix, shift in (
+            (torch.diag(roots[0]), means[0]),
+            (2.0 * torch.eye(2), torch.zeros(2)),
+            (1.3 * torch.eye(2), torch.zeros(2)),
+        )
+    )
+    lost, kept = half.sample(16_384), finer.sample(16_384)
+    assert lost.ess > 0.95 > 3 * kept.ess and abs(lost.log_z - math.log(2 / 3)) < 0.02
+    assert better(wide_one, half) is wide_one and better(wide_one, finer) is finer and better(finer, wide_one) is finer
 
 
 def test_what_cannot_be_distilled_is_refused():

@@ -72,7 +72,17 @@ def distill(
         polished = student.sampler(
             whitened, _polished(student, first.ema, loss, turns, Path(folder), options).to("cpu")
         )
-        return max((sampler, polished), key=lambda s: s.sample(4096, 1, seed=options.seed).ess)
+        return better(sampler, polished, options.seed)
+
+
+def better(first: MapSampler, last: MapSampler, seed: int = 0, n: int = 16_384) -> MapSampler:
+    """Return the one whose one-step draws have the larger ESS, but never a `last` whose log Z lies clearly below that of `first`.
+
+    Such a map has lost a part of the target, which its own weights do not show.
+    """
+    before, after = (sampler.sample(n, 1, seed=seed) for sampler in (first, last))
+    lost = after.log_z_interval(0.999)[1] < before.log_z_interval(0.999)[0]
+    return last if after.ess > before.ess and not lost else first
 
 
 def _polished(
