@@ -9,11 +9,11 @@ import torch
 
 import fewstep
 import fewstep.densities.distill as distilling
-from fewstep.core.grid import times_of
 from fewstep.core.noise import Streams
 from fewstep.core.schedule import Brownian
 from fewstep.densities.distill import better
 from fewstep.densities.estimators.jacobian import determinant
+from fewstep.densities.grids import times_of
 from fewstep.densities.students._maps import (
     ACTIVATIONS,
     EDMMap,
@@ -125,10 +125,39 @@ def test_slopes_count_in_the_regression():
         Trajectories(GAUSSIAN, times_of("angle", SCHEDULE, 12), 2)
 
 
-def test_steps_of_the_angle_grid_are_nested():
-    fine, coarse = (times_of("angle", SCHEDULE, n) for n in (8, 4))
+def test_trajectories_reach_the_narrow_modes_on_the_grid_that_is_finer_at_the_end():
+    """64 steps of Heun's method to a deviation of 0.01: the last one is Euler's, and takes off what lies below its noise."""
+    narrow, spread = GaussianPrior(torch.zeros(1), torch.tensor([[1e-4]]), SCHEDULE), {}
+    z = Streams(0, range(2048)).randn(1)
+    for grid in ("angle", "angle_squared"):
+        spread[grid] = float(flow_points(narrow, z, times_of(grid, SCHEDULE, 64))[-1].std() / z.std())
+    assert spread["angle_squared"] == pytest.approx(0.01, rel=0.05) and spread["angle"] < 0.006
+
+
+def test_relative_errors_see_what_is_narrow():
+    """A map that is exact but in a coordinate of deviation 0.01, where its slope is half as large again."""
+    log_v = torch.tensor([0.0, math.log(1e-4)])
+    narrow = GaussianPrior(torch.zeros(2), log_v.exp().diag(), SCHEDULE)
+    batch = Trajectories(
+        narrow, times_of("angle_squared", SCHEDULE, 64), 4, batch_size=512, rows=512, apart=0.02
+    ).batch(0, range(512))
+
+    def loss(log_v, relative):
+        flow_map = ScaledMap(SCHEDULE, Law(GAUSSIAN), MapConfig(8, 1))
+        with torch.no_grad():
+            flow_map.net.last.bias[2:] = flow_map.LIMIT / 2 * torch.atanh(log_v / flow_map.LIMIT)
+        return float(FlowRegression(0.01, 0.0, relative).loss("model", Followed(flow_map), batch, None)[0].detach())
+
+    wrong = log_v + torch.tensor([0.0, 2 * math.log(1.5)])
+    assert loss(log_v, 1.0) < 0.02, "the exact flow, up to the solver's error"
+    assert loss(wrong, 0.0) < 0.01 and loss(wrong, 1.0) > 0.1
+
+
+@pytest.mark.parametrize("grid", ["angle", "angle_squared"])
+def test_steps_of_the_grids_by_angle_are_nested(grid):
+    fine, coarse = (times_of(grid, SCHEDULE, n) for n in (8, 4))
     assert torch.allclose(fine[::2], coarse) and float(coarse[0]) == 1 and float(coarse[-1]) == 0
-    angles = torch.atan(SCHEDULE.ratio(fine))
+    angles = torch.atan(SCHEDULE.ratio(fine)) ** (1 / {"angle": 1, "angle_squared": 2}[grid])
     assert torch.allclose(angles.diff(), angles.diff().mean().expand(8), atol=1e-6)
 
 
@@ -291,12 +320,17 @@ def test_published_recipe_trains_and_renoises():
     assert float((draws.x.mean(0) - GAUSSIAN.mean).abs().max()) < 0.5, "a rough student, but one of this Gaussian"
 
 
-@pytest.mark.parametrize("method", [CDDS.preset("averaged"), CDDS(map="guided")], ids=["averaged", "score-conditioned"])
+@pytest.mark.parametrize(
+    "method",
+    [CDDS.preset("averaged"), CDDS(map="guided"), CDDS.preset("narrow")],
+    ids=["averaged", "score-conditioned", "narrow"],
+)
 def test_other_students_train_too(method):
     small = replace(method, size=MapConfig(32, 1), rows=2048, solver_steps=16, levels=8, polish=0)
     student = fewstep.distill(GAUSSIAN, small, target=Law(GAUSSIAN), train_steps=120, batch=256, ema=0.95, lr=5e-3)
     draws = student.sample(4096)
     assert draws.ess > 0.5 and abs(draws.log_z - 0.7) < 0.1 and draws.gradient_calls == (method.map == "guided")
+    assert student.grid == method.grid and student.sample(64, 2).nfe == 2
 
 
 def test_averaged_target_lags_and_a_decay_of_zero_is_the_map_itself():

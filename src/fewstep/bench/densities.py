@@ -47,8 +47,8 @@ NOTES = (
     "equal budget: values and gradients of the target together, those of the one-step sampler's training and of its draws; replica "
     "exchange and SMC get as many, warm-up included. Best in its column: *. Distances below the floor are noise.",
     "laplace: the Gaussian that fits at the mode, which is one linear step. dis, matched: teachers, on grids of so many steps. "
-    "cdds, cdds-matched: their students by our recipe; cdds-paper: a student of dis by the published one; cdds-exchange: the "
-    "student of a mixture that was fitted to draws of replica exchange.",
+    "cdds, cdds-matched: their students by our recipe; cdds-narrow: by its preset for narrow parts; cdds-paper: a student of dis by "
+    "the published one; cdds-exchange: the student of a mixture that was fitted to draws of replica exchange.",
     "speed: processor time per sample in one run; iteration / calls: an iteration of training over the bare calls of its networks "
     "(with gradients where training takes them) and of the target.",
 )

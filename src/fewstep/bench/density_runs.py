@@ -258,6 +258,7 @@ METHODS: dict[str, Recipe] = {
     "cdds": student_of("dis"),
     "cdds-paper": student_of("dis", "paper"),
     "cdds-matched": student_of("matched"),
+    "cdds-narrow": student_of("matched", "narrow"),
     "cdds-exchange": Recipe(from_exchange),
     "laplace": Recipe(lambda shop, target, _: laplace(target), steps=(1,)),
 }

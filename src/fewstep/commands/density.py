@@ -97,7 +97,7 @@ def distill(  # noqa: PLR0913, PLR0917 - one parameter is one option
     out: Out,
     teacher: Annotated[Path | None, typer.Option(help="Folder of the teacher, where TARGET is not it.")] = None,
     method: Annotated[str, typer.Option(help="A method of distillation, of `fewstep density samplers`.")] = "cdds",
-    preset: Annotated[str | None, typer.Option(help="Named settings of the method: paper, averaged.")] = None,
+    preset: Annotated[str | None, typer.Option(help="Named settings of the method: narrow, paper, averaged.")] = None,
     assign: Assign = None,
     train_steps: Steps = 8000,
     batch: Batch = 1024,

@@ -59,10 +59,10 @@ def arctan(schedule: Schedule, steps: int, spread: float = 0.5) -> Tensor:
     return _by_ratio(schedule, spread * torch.tan(angles))
 
 
-def angle(schedule: Schedule, steps: int) -> Tensor:
-    """Return times of evenly spaced arctan(ratio), so that every second time of 2 n steps is one of n."""
+def angle(schedule: Schedule, steps: int, power: float = 1.0) -> Tensor:
+    """Return times of evenly spaced arctan(ratio)^(1/power), so that every second time of 2 n steps is one of n."""
     high = torch.atan(schedule.ratio(torch.ones((), dtype=torch.float64)))
-    ratios = torch.tan(high * torch.linspace(1, 0, steps + 1, dtype=torch.float64)[:-1])
+    ratios = torch.tan(high * torch.linspace(1, 0, steps + 1, dtype=torch.float64)[:-1] ** power)
     return _by_ratio(schedule, ratios)
 
 

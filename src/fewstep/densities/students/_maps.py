@@ -84,6 +84,11 @@ class FlowMap(nn.Module, ABC):
     def forward(self, y: Tensor, t: Tensor, s: Tensor) -> Tensor:
         """Return y_s, (N, d), from y_t, (N, d); `t` and `s` <= t are () or (N,)."""
 
+    def sloped(self, y: Tensor, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        """Return y_s and its slopes within a mode, (N, d) each, as far as the map tells them: ones here."""
+        y = self(y, t, s)
+        return y, torch.ones_like(y)
+
 
 class Perceptron(nn.Module):
     """A residual perceptron of y and of some times; its parameters have the names of `ControlNet`'s.
@@ -174,10 +179,15 @@ class ScaledMap(FlowMap):
 
     def forward(self, y: Tensor, t: Tensor, s: Tensor) -> Tensor:
         """See `FlowMap`."""
+        return self.sloped(y, t, s)[0]
+
+    def sloped(self, y: Tensor, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        """See `FlowMap`: k."""
         shift, width = self.net(y, t, s).chunk(2, -1)
         v = (self.LIMIT * torch.tanh(2 * width / self.LIMIT)).exp()
         before, after = (self._variance(v, u) for u in (t, s))
-        return y * (after / before).sqrt() + like(passed(self.schedule, t, s), y) * shift
+        k = (after / before).sqrt()
+        return y * k + like(passed(self.schedule, t, s), y) * shift, k
 
     def _variance(self, v: Tensor, t: Tensor) -> Tensor:
         """Return that of N(0, v) noised to time `t`, (N, d)."""

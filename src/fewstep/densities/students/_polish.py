@@ -29,10 +29,10 @@ from torch import Tensor, nn
 from torch.func import jvp, vmap
 
 from fewstep.core.density import TargetDensity
-from fewstep.core.grid import times_of
 from fewstep.core.noise import Noise
 from fewstep.core.objective import Objective
 from fewstep.densities.estimators.gaussian import log_normal
+from fewstep.densities.grids import times_of
 from fewstep.densities.students._maps import FlowMap, Followed
 from fewstep.densities.students._sampler import MapSampler
 from fewstep.training import Batches

@@ -30,12 +30,12 @@ import torch
 from torch import Tensor
 
 from fewstep.core.density import TargetDensity
-from fewstep.core.grid import times_of
 from fewstep.core.noise import Noise
 from fewstep.core.schedule import VariancePreserving
 from fewstep.densities.base import Cost, Drawn, Transport, Walked
 from fewstep.densities.estimators.inverse import invert, nearest
 from fewstep.densities.estimators.jacobian import determinant
+from fewstep.densities.grids import times_of
 from fewstep.densities.students._maps import MAPS, FlowMap, MapConfig, described
 from fewstep.densities.whitened import Whitened
 
@@ -50,7 +50,7 @@ class MapSampler(Transport):
         whitened: the density in the coordinates of the map.
         flow_map: the trained map.
         steps: where none are asked for.
-        grid: the times of several steps, see `core.grid.times_of`.
+        grid: the times of several steps, see `densities.grids.times_of`.
         renoise: whether several steps are jumps along the flow or samples that are noised again.
     """
 

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 from fewstep.core.batch import like
 from fewstep.core.denoiser import Denoiser, Rescheduled
-from fewstep.core.grid import times_of
 from fewstep.core.noise import Noise
 from fewstep.core.objective import Objective
 from fewstep.core.reference import Reference
 from fewstep.core.schedule import VariancePreserving
+from fewstep.densities.grids import times_of
 from fewstep.densities.students._maps import MAPS, Followed, MapConfig, Perceptron, passed, warm_start
 from fewstep.densities.students._polish import Polish
 from fewstep.densities.students._sampler import MapSampler
@@ -33,6 +33,8 @@ from fewstep.densities.students._trajectories import Incomplete, Trajectories
 from fewstep.densities.whitened import Whitened
 from fewstep.training import Batches
 
+_NARROWEST = 0.003  # slope, which errors are taken relative to
+_FAR = 0.3  # relative errors beyond it count by themselves, not by their squares
 _WIDEST = 64  # dimensions up to which exact determinants are cheap enough to train on
 
 
@@ -50,10 +52,13 @@ class FlowRegression(Objective):
     Attributes:
         huber: of `pseudo_huber`.
         slope: weight of the relative error of differences between neighbours, where the batch has them.
+        relative: weight of both errors per coordinate over the slope that the map has there by itself, `FlowMap.sloped`. What
+            is narrow, as the neck of a funnel, is then learned as well as what is wide, and folds less.
     """
 
     huber: float = 0.01
     slope: float = 0.3
+    relative: float = 0.0
 
     def players(self, model: nn.Module) -> dict[str, Iterable[nn.Parameter]]:
         """See `Objective`."""
@@ -64,13 +69,18 @@ class FlowRegression(Objective):
         flow_map, t, s, near = cast(Followed, model).map, batch["t"], batch["s"], "beside_t" in batch
         starts, ends = (torch.cat([batch[f"y_{k}"], batch[f"beside_{k}"]]) if near else batch[f"y_{k}"] for k in "ts")
         copies = len(starts) // len(t)
-        error, *beside = (flow_map(starts, t.repeat(copies), s.repeat(copies)) - ends).split(len(t))
+        found, slopes = flow_map.sloped(starts, t.repeat(copies), s.repeat(copies))
+        error, *beside = (found - ends).split(len(t))
+        slopes = slopes[: len(t)].detach().clamp_min(_NARROWEST)
         loss = pseudo_huber(error / like(passed(flow_map.schedule, t, s), error), self.huber)
+        loss = loss + self.relative * pseudo_huber(error / slopes, _FAR)
         figures = {"error": float(error.detach().norm(dim=1).mean())}
         if beside:
             width = (batch["beside_s"] - batch["y_s"]).norm(dim=1, keepdim=True)
             relative = (beside[0] - error) / (width + 1e-5)
             loss = loss + self.slope * pseudo_huber(relative, 0.1)
+            apart = (batch["beside_t"] - batch["y_t"]).square().mean(1, keepdim=True).sqrt()
+            loss = loss + self.relative * pseudo_huber((beside[0] - error) / (slopes * apart + 1e-6), _FAR)
             figures["slope"] = float(relative.detach().norm(dim=1).median())
         return loss, figures
 
@@ -106,6 +116,8 @@ class SelfConsistency(Objective):
 class CDDS:
     """How a student is distilled from a teacher.
 
+    The preset "narrow" is for targets some parts of which are much narrower than the whole, such as a funnel.
+
     Attributes:
         map: a name of `MAPS`: "scaled", "residual", "guided" (which sees the target's score), or "edm", a consistency function.
         size: of its network.
@@ -114,7 +126,7 @@ class CDDS:
             method, of which steps of all lengths are used.
         solver_steps: of a trajectory.
         levels: times of a trajectory that are kept, less one.
-        grid: of the finished trajectories, see `core.grid`.
+        grid: of the finished trajectories and of the sampler's steps, see `densities.grids`.
         direct: share of the items that go all the way from noise to data, where every pair is used.
         rows: trajectories that are computed at once.
         refresh: steps that they serve.
@@ -156,6 +168,7 @@ class CDDS:
             "warm": True,
             "polish": 0,
         },
+        "narrow": {"grid": "angle_squared", "objective": FlowRegression(relative=1.0), "polish": 1000},
         "averaged": {"objective": SelfConsistency(huber=0.01, decay=0.95), "direct": 0.0, "apart": 0.0, "polish": 0},
     }
 
@@ -191,7 +204,7 @@ class CDDS:
     def sampler(self, whitened: Whitened, model: nn.Module) -> MapSampler:
         """Return the sampler with the weights of a trained `model`."""
         trained = cast(Followed, model).map
-        return MapSampler(whitened, trained.eval().requires_grad_(False), renoise=not trained.jumps)
+        return MapSampler(whitened, trained.eval().requires_grad_(False), grid=self.grid, renoise=not trained.jumps)
 
 
 def ready(teacher: Denoiser) -> Denoiser:

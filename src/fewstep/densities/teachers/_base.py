@@ -10,19 +10,17 @@ from typing import Any, ClassVar, Self, final
 import torch
 from torch import Tensor, nn
 
-from fewstep.core.grid import GRIDS, Grid, times_of
 from fewstep.core.noise import Noise
 from fewstep.core.objective import Objective
 from fewstep.core.reference import Reference
 from fewstep.core.registry import get
 from fewstep.core.schedule import Schedule, VariancePreserving
 from fewstep.densities.base import Cost, DensitySampler, Drawn
+from fewstep.densities.grids import GRIDS, times_of
 from fewstep.densities.networks import Control, ControlNet, NetConfig
-from fewstep.densities.paths import DISCRETISATIONS, Kernels, even_variance, falling_cosine, noised, simulate
+from fewstep.densities.paths import DISCRETISATIONS, Kernels, noised, simulate
 from fewstep.densities.whitened import Whitened
 from fewstep.priors.unet import build_schedule
-
-OWN_GRIDS: dict[str, Grid] = {"variance": even_variance, "cosine": falling_cosine}
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,7 @@ class PathTeacher(Teacher):
     Attributes:
         schedule: the noising process, which must preserve variance.
         steps: of a path, in training and unless said otherwise in sampling.
-        grid: their times: "variance", "cosine", a name of `core.grid.GRIDS`, or the times themselves.
+        grid: their times: a name of `densities.grids.GRIDS`, or the times themselves.
         discretisation: "exponential" or "euler", see `densities.paths`.
         net: the network.
     """
@@ -100,16 +98,14 @@ class PathTeacher(Teacher):
     def __post_init__(self) -> None:
         if self.discretisation not in DISCRETISATIONS:
             raise ValueError(f"discretisation must be one of {', '.join(DISCRETISATIONS)}, not {self.discretisation!r}")
-        if isinstance(self.grid, str) and self.grid not in {**OWN_GRIDS, **GRIDS}:
-            raise ValueError(f"grid must be one of {', '.join({**OWN_GRIDS, **GRIDS})}, not {self.grid!r}")
+        if isinstance(self.grid, str) and self.grid not in GRIDS:
+            raise ValueError(f"grid must be one of {', '.join(GRIDS)}, not {self.grid!r}")
         self.kernels(self.steps)
 
     @final
     def kernels(self, steps: int) -> Kernels:
         """Return the kernels of a path of so many steps."""
-        own = OWN_GRIDS.get(self.grid) if isinstance(self.grid, str) else None
-        times = own(self.schedule, steps) if own else times_of(self.grid, self.schedule, steps)
-        return DISCRETISATIONS[self.discretisation](self.schedule, times)
+        return DISCRETISATIONS[self.discretisation](self.schedule, times_of(self.grid, self.schedule, steps))
 
     def control(self, whitened: Whitened) -> ControlNet:
         """Return an untrained network."""
