@@ -175,9 +175,8 @@ class Draws:
         if any(p.kind != head.kind or p.group != head.group for p in parts):
             raise ValueError("draws of different kinds or groups cannot be joined")
         log_w = None if head.log_weights is None else torch.cat([p._given() for p in parts])
-        signs = [
-            torch.ones_like(p._given()) if p.signs is None else p.signs for p in parts if any(q.folds for q in parts)
-        ]
+        turned = any(p.folds for p in parts)
+        signs = [torch.ones_like(p._given()) if p.signs is None else p.signs for p in parts] if turned else []
         return replace(
             head,
             x=torch.cat([p.x for p in parts]),
