@@ -78,10 +78,15 @@ def distill(
 def better(first: MapSampler, last: MapSampler, seed: int = 0, n: int = 16_384) -> MapSampler:
     """Return the one whose one-step draws have the larger ESS, but never a `last` whose log Z lies clearly below that of `first`.
 
-    Such a map has lost a part of the target, which its own weights do not show.
+    Such a map has lost a part of the target, which its own weights do not show; a warning says so.
     """
     before, after = (sampler.sample(n, 1, seed=seed) for sampler in (first, last))
     lost = after.log_z_interval(0.999)[1] < before.log_z_interval(0.999)[0]
+    if lost:
+        warnings.warn(
+            f"the last steps lost a part of the target (log Z {after.log_z:.3f}, before them {before.log_z:.3f}) and are not kept",
+            stacklevel=3,
+        )
     return last if after.ess > before.ess and not lost else first
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
@@ -122,9 +123,19 @@ class Draws:
         return log_w.masked_fill(self._broken(), -math.inf)
 
     def chances(self) -> Tensor:
-        """Return the log-weights by which rows can be picked, (N,): those that `expectation` uses, negative weights as zero."""
+        """Return the log-weights by which rows can be picked, (N,): those that `expectation` uses, negative weights as zero.
+
+        Warns where there are any: what is picked is then not quite the target.
+        """
         log_w = self.weights_for("expectation")
-        return log_w if self.signs is None else log_w.masked_fill(self.signs < 0, -math.inf)
+        if self.signs is None:
+            return log_w
+        warnings.warn(
+            f"{self.folds} of {len(self)} weights are negative, where the map folds: these cannot be picked, so what is picked "
+            "by weight is not quite the target; log Z and expectations are right",
+            stacklevel=3,
+        )
+        return log_w.masked_fill(self.signs < 0, -math.inf)
 
     def log_z_interval(self, level: float = 0.95) -> tuple[float, float]:
         """Return an interval of log Z; without an upper end where `khat` says that none can be had. See `weights`."""
