@@ -14,7 +14,7 @@ from fewstep.bench import densities, density_runs
 from fewstep.bench.density_figures import PUBLISHED, Sizes, Truth, energy, unconverged_sinkhorn
 from fewstep.bench.density_published import COLUMNS, TABLES, beside
 from fewstep.bench.density_runs import METHODS, Budget, Recipe, Setup, Workshop, exchange_at, sequential_at
-from fewstep.bench.density_tables import starred, summary
+from fewstep.bench.density_tables import starred, summary, total
 from fewstep.core.noise import Streams
 from fewstep.densities.draws import Draws
 from fewstep.densities.networks import ControlNet
@@ -76,6 +76,19 @@ def test_weights_of_exact_draws_cover_and_shifted_ones_do_not(truth):
     assert "log Z" not in truth.weighted(Draws(x, noise, "invalid")), "an invalid weight says nothing of log Z"
 
 
+def test_intervals_are_counted_and_those_of_shifted_weights_miss(truth):
+    def draw(seed, shift=0.0):
+        noise = 0.5 * Streams(seed, range(256), torch.float64).randn(1)[:, 0]
+        return Draws(exact(3), noise - 0.125 + shift, "unbiased")
+
+    right, wrong = truth.coverage(draw, 100), truth.coverage(lambda seed: draw(seed, -0.2), 100)
+    assert right["sets"] == sum(right[word] for word in ("yes", "open", "no")) == 100
+    assert (
+        right["yes"] > 100 * 0.95 - 4 * (100 * 0.95 * 0.05) ** 0.5 and abs(right["log Z off"]) < 4 * 0.53 / 25600**0.5
+    )
+    assert wrong["no"] > 95 and wrong["log Z off"] == pytest.approx(right["log Z off"] - 0.2)
+
+
 class Rows:
     """Counts the calls of networks where the networks are called, not by hooks."""
 
@@ -122,7 +135,15 @@ def test_references_keep_to_their_budget(sample):
 
 def run(out, **changes):
     given = {"targets": ("nine_modes",), "methods": ("dis", "cdds"), "steps": (1,), "path_steps": (2,), "seeds": 2}
-    given |= {"train_steps": 3, "batch": 16, "simulated": 4, "distill_steps": 4, "rows": 64, "num_samples": 256}
+    given |= {
+        "train_steps": 3,
+        "batch": 16,
+        "simulated": 4,
+        "distill_steps": 4,
+        "rows": 64,
+        "num_samples": 256,
+        "repeats": 3,
+    }
     return densities.main(out, **{**given, "transported": 64, "published": 64, "speed": False, **changes})
 
 
@@ -133,6 +154,8 @@ def test_tables_and_that_a_stopped_run_goes_on(tmp_path, monkeypatch, capsys):
     titles = ["exact draws", "dis", "cdds", "cdds, resampled", "cdds, then SMC"]
     assert [row["method"] for row in drawn] == titles and [row["method"] for row in training] == ["dis", "cdds"]
     assert all(isinstance(row["W2"], str) and "±" in row["W2"] for row in drawn[1:]) and drawn[1]["covers"][1:] == "/2"
+    counted = first["nine_modes: coverage"]
+    assert [(row["method"], row["steps"], row["sets"]) for row in counted] == [("dis", 2, 6), ("cdds", 1, 6)]
     rivals = [row["method"] for row in first["nine_modes: equal budget"]]
     assert rivals == ["cdds, 1 step", "replica exchange", "SMC"]
     assert f"here: {titles[2]} 1" in first["nine_modes: published figures"][0]
@@ -172,6 +195,7 @@ def test_speed_is_told(tmp_path, capsys):
 def test_rows_of_several_seeds():
     row = summary([{"a": 1.0, "b": "yes", "c": "unbiased", "d": 2}, {"a": 3.0, "b": "no", "c": "unbiased", "d": 2}])
     assert row == {"a": "2.000 ± 12.71", "b": "1/2", "c": "unbiased", "d": 2}
+    assert total([{"a": 1.0, "n": 2}, {"a": 3.0, "n": 3}], ["a"]) == {"a": "2.000 ± 12.71", "n": 5}
     assert summary([{"high": 1.0}, {"high": math.inf}]) == {"high": math.inf}
     keys = densities.EQUAL
     rows = [dict.fromkeys(keys) | {"W1": "0.5 ± 0.1"}, dict.fromkeys(keys) | {"W1": 0.4}]
@@ -192,6 +216,7 @@ def test_published_tables_say_what_can_be_compared():
         ({"methods": ("disk",)}, "choose some of"),
         ({"seeds": 0}, "needs a seed"),
         ({"num_samples": 100}, "multiple of 256"),
+        ({"repeats": -1}, "repeats"),
         ({"targets": ("sonar",)}, "--data"),
         ({"targets": ("funel",)}, "funnel"),
     ],

@@ -147,6 +147,10 @@ def test_samplers_are_listed(density):
         (("fit", "nine_mods", "--out", "o"), "unknown target 'nine_mods'; did you mean nine_modes"),
         (("fit", "nine_modes", "--out", "o", "--sampler", "diss"), "did you mean dis"),
         (("fit", "nine_modes", "--out", "o", "--loss", "klx"), "did you mean kl"),
+        (
+            ("fit", "nine_modes", "--out", "o", "--sampler", "matched", "--preset", "wide"),
+            "no preset 'wide'; it has narrow",
+        ),
         (("fit", "nine_modes", "--out", "o", "--bacth", "3"), "nine_modes has no option 'bacth'; did you mean batch"),
         (("fit", "funnel", "--dim", "x", "--out", "o"), "funnel: dim must be int, got 'x'"),
         (("fit", "funnel", "--dim", "1", "--out", "o"), "the funnel needs dim >= 2"),

@@ -16,6 +16,7 @@ from fewstep.densities.estimators.jacobian import determinant
 from fewstep.densities.grids import times_of
 from fewstep.densities.students._maps import (
     ACTIVATIONS,
+    MAPS,
     EDMMap,
     MapConfig,
     ResidualMap,
@@ -215,6 +216,22 @@ def test_scaled_map_is_the_flow_of_a_gaussian_at_one_output_of_its_network(width
         assert torch.allclose(x, prior.flow(y, times[0], times[-1]), rtol=1e-4, atol=1e-6)
 
 
+@torch.no_grad()
+def test_a_gate_scales_what_the_network_adds_and_nothing_else():
+    y, times = Streams(0, range(64)).randn(2), (torch.tensor(1.0), torch.tensor(0.0))
+    plain, gated = (kind(SCHEDULE, Law(GAUSSIAN), MapConfig(8, 1)) for kind in (ScaledMap, MAPS["gated"]))
+    given = plain.net.state_dict()
+    last = torch.randn(6, 8), torch.randn(6)
+    plain.net.load_state_dict({**given, "last.weight": last[0][:4], "last.bias": last[1][:4]})
+    first, slope = plain.sloped(y, *times)
+    for gate, factor in ((0.0, 1.0), (-3.0, math.exp(-8 * math.tanh(3 / 8))), (-1e4, math.exp(-8))):
+        weight, bias = torch.cat([last[0][:4], torch.zeros(2, 8)]), torch.cat([last[1][:4], torch.full((2,), gate)])
+        gated.net.load_state_dict({**given, "last.weight": weight, "last.bias": bias})
+        found, same = gated.sloped(y, *times)
+        assert torch.equal(same, slope)
+        assert torch.allclose(found - y * slope, factor * (first - y * slope), rtol=1e-4, atol=2e-5)
+
+
 def test_determinants_of_polishing_are_the_exact_ones():
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -230,7 +247,7 @@ def test_determinants_of_polishing_are_the_exact_ones():
 
 def test_maps_are_the_identity_where_no_time_passes_and_follow_their_papers():
     y, t = torch.randn(5, 2), torch.tensor(0.4)
-    for kind in (ResidualMap, ScaledMap, EDMMap):
+    for kind in (ResidualMap, ScaledMap, MAPS["gated"], EDMMap):
         flow_map = kind(SCHEDULE, Law(GAUSSIAN))
         torch.nn.init.normal_(flow_map.net.last.weight)
         zero = torch.zeros(())
@@ -331,6 +348,8 @@ def test_other_students_train_too(method):
     draws = student.sample(4096)
     assert draws.ess > 0.5 and abs(draws.log_z - 0.7) < 0.1 and draws.gradient_calls == (method.map == "guided")
     assert student.grid == method.grid and student.sample(64, 2).nfe == 2
+    again = MapSampler.restore(student.whitened, student.config(), student.tensors())
+    assert student.config()["map"] == method.map and torch.equal(again.sample(64, 2).x, student.sample(64, 2).x)
 
 
 def test_averaged_target_lags_and_a_decay_of_zero_is_the_map_itself():

@@ -10,7 +10,7 @@ from fewstep.core.noise import Streams
 from fewstep.core.registry import get
 from fewstep.densities.export import export
 from fewstep.densities.particles import Proposal, StateSpace, filtered, kalman, train
-from fewstep.densities.students._maps import GuidedMap, MapConfig, ResidualMap, ScaledMap
+from fewstep.densities.students._maps import MAPS, GuidedMap, MapConfig, ResidualMap, ScaledMap
 from fewstep.densities.students._sampler import MapSampler, jumped
 from fewstep.densities.students._self import Learner
 from fewstep.densities.teachers.implicit import Entropy
@@ -177,7 +177,7 @@ def off(program, sampler, rows, steps=2):
 
 
 @pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)
-@pytest.mark.parametrize("kind", [ResidualMap, ScaledMap])
+@pytest.mark.parametrize("kind", [ResidualMap, ScaledMap, MAPS["gated"]])
 def test_exported_program_is_the_map(kind, scale, tmp_path):
     sampler = some_map(kind, scale)
     program = torch.export.load(export(sampler, tmp_path / "map.pt2", steps=2)).module()
@@ -188,7 +188,7 @@ def test_exported_program_is_the_map(kind, scale, tmp_path):
         export(MapSampler(sampler.whitened, GuidedMap(SCHEDULE, sampler.whitened)), tmp_path / "guided.pt2")
 
 
-@pytest.mark.parametrize("kind", [ResidualMap, ScaledMap])
+@pytest.mark.parametrize("kind", [ResidualMap, ScaledMap, MAPS["gated"]])
 def test_onnx_gives_the_same_numbers(kind, tmp_path):
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")

@@ -21,10 +21,11 @@ from fewstep.bench.density_figures import PUBLISHED, Sizes, Truth
 from fewstep.bench.density_published import beside
 from fewstep.bench.density_runs import METHODS, Budget, Setup, Workshop, exchange_at, sequential_at
 from fewstep.bench.density_speed import speeds
-from fewstep.bench.density_tables import EQUAL, costed, ordered, starred, summary
+from fewstep.bench.density_tables import EQUAL, costed, ordered, starred, summary, total
 from fewstep.bench.log import Log
 from fewstep.bench.trials import kept
 from fewstep.core.density import TargetDensity
+from fewstep.core.noise import mix
 from fewstep.densities.base import Transport
 from fewstep.densities.draws import Draws
 from fewstep.densities.targets import target
@@ -42,13 +43,16 @@ NOTES = (
     "95 % interval; log Z and the ends of its interval are then means too.",
     "resampled: one-step draws by their weights. then SMC: sequential Monte Carlo in the noise that the one-step map starts "
     "from; its log Z is the corrected one.",
+    "coverage: how many of so many further sets of draws have an interval that holds log Z (yes), has no upper end (open) or "
+    "misses (no); log Z off: of the mean of Z over the sets of a training.",
     "training: calls of networks, of log rho and of its gradient, one per point, with those of the teacher; core minutes are "
     "processor time of one thread.",
     "equal budget: values and gradients of the target together, those of the one-step sampler's training and of its draws; replica "
     "exchange and SMC get as many, warm-up included. Best in its column: *. Distances below the floor are noise.",
     "laplace: the Gaussian that fits at the mode, which is one linear step. dis, matched: teachers, on grids of so many steps. "
-    "cdds, cdds-matched: their students by our recipe; cdds-narrow: by its preset for narrow parts; cdds-paper: a student of dis by "
-    "the published one; cdds-exchange: the student of a mixture that was fitted to draws of replica exchange.",
+    "matched-narrow: by its preset for narrow parts. cdds, cdds-matched: students of dis and matched by our recipe; cdds-narrow: of "
+    "matched-narrow by the preset for narrow parts; cdds-paper: a student of dis by the published one; cdds-exchange: the student "
+    "of a mixture that was fitted to draws of replica exchange.",
     "speed: processor time per sample in one run; iteration / calls: an iteration of training over the bare calls of its networks "
     "(with gradients where training takes them) and of the target.",
 )
@@ -63,12 +67,14 @@ class Plan:
         steps: of samplers that are maps.
         path_steps: of samplers that simulate paths.
         seeds: how many trainings of each.
+        repeats: sets of draws per training, whose intervals of log Z are counted.
     """
 
     methods: Sequence[str]
     steps: Sequence[int]
     path_steps: Sequence[int]
     seeds: int
+    repeats: int = 32
 
 
 def main(  # noqa: PLR0913 - one parameter is one option
@@ -79,6 +85,7 @@ def main(  # noqa: PLR0913 - one parameter is one option
     steps: Sequence[int] = (1, 4),
     path_steps: Sequence[int] = (8, 128),
     seeds: int = 3,
+    repeats: int = 32,
     data: Path | None = None,
     train_steps: int = 2000,
     batch: int = 256,
@@ -101,6 +108,7 @@ def main(  # noqa: PLR0913 - one parameter is one option
         steps: of samplers that are maps.
         path_steps: of samplers that simulate paths.
         seeds: trainings of each method; with one alone no interval over trainings is given.
+        repeats: sets of draws per training, whose intervals of log Z are counted; 0 leaves that table out.
         data: the folder of sonar.csv, ionosphere.csv and pines.csv, for the targets that are read from them.
         train_steps: optimiser steps of teachers and of samplers that are trained from scratch.
         batch: their paths per step.
@@ -115,11 +123,11 @@ def main(  # noqa: PLR0913 - one parameter is one option
         equal: whether Monte Carlo is run with as many calls of the target, which takes about as long as the trainings.
 
     Raises:
-        ValueError: an unknown target or method, no seeds, or a number of draws that does not divide.
+        ValueError: an unknown target or method, no seeds, repeats below 0, or a number of draws that does not divide.
     """
-    check(methods, seeds, num_samples)
+    check(methods, seeds, num_samples, repeats)
     setup = Setup(train_steps, batch, simulated, distill_steps, rows, polish=polish)
-    plan, sizes = Plan(methods, steps, path_steps, seeds), Sizes(transported, published, num_samples)
+    plan, sizes = Plan(methods, steps, path_steps, seeds, repeats), Sizes(transported, published, num_samples)
     path = None if out is None else Path(out).with_suffix(".jsonl")
     tables: dict[str, list[dict[str, Any]]] = {}
     for name in targets:
@@ -137,13 +145,15 @@ def main(  # noqa: PLR0913 - one parameter is one option
     return Report("densities", given, tables, NOTES).finish(out)
 
 
-def check(methods: Sequence[str], seeds: int, num_samples: int) -> None:
+def check(methods: Sequence[str], seeds: int, num_samples: int, repeats: int) -> None:
     """Raise ValueError for what could not be run."""
     for name in methods:
         if name not in METHODS:
             raise ValueError(f"unknown method {name!r}; choose some of {', '.join(METHODS)}")
     if seeds < 1 or num_samples < 256 or num_samples % 256:
         raise ValueError(f"needs a seed and a multiple of 256 draws, got {seeds} and {num_samples}")
+    if repeats < 0:
+        raise ValueError(f"repeats must not be negative, got {repeats}")
 
 
 def known(name: str, data: Path | None) -> TargetDensity:
@@ -175,6 +185,7 @@ class Bench:
         ours = {" ".join(str(row[k]) for k in ("method", "steps") if row[k]): row for row in drawn}
         found = {
             "draws": drawn,
+            "coverage": list(self.covering()) if self.plan.repeats else [],
             "training": list(self.training()),
             "equal budget": list(self.equal()) if equal else [],
             "published figures": beside(self.name, self._few(ours)),
@@ -194,6 +205,18 @@ class Bench:
                 yield {"method": f"{name}, resampled", "steps": 1} | resampled
                 corrected = self._over_seeds(f"{name} corrected", self._corrected(name))
                 yield {"method": f"{name}, then SMC", "steps": 1} | corrected
+
+    def covering(self) -> Iterator[dict[str, Any]]:
+        """Yield how often the intervals of every method hold log Z; nothing where it is not known or weights do not tell it."""
+        if self.truth.log_z is None:
+            return
+        for name in self.plan.methods:
+            if self.shops[0].trained(name).sampler.kind != "unbiased":
+                continue
+            for steps in self._steps(name):
+                key = f"{name} {steps} coverage {self.plan.repeats}"
+                rows = [kept(self.log, f"{key} {shop.seed}", self._counted(name, steps, shop)) for shop in self.shops]
+                yield {"method": name, "steps": steps} | total(rows, ["log Z off"])
 
     def training(self) -> Iterator[dict[str, Any]]:
         """Yield what every method has cost to train."""
@@ -229,6 +252,12 @@ class Bench:
             return costed(self.truth, self._draws(shop, name, steps)) | upper
 
         return row
+
+    def _counted(self, name: str, steps: int, shop: Workshop) -> Callable[[], dict[str, int | float]]:
+        def draw(seed: int) -> Draws:
+            return shop.trained(name).sampler.sample(self.truth.sizes.most, steps, seed=mix(shop.seed, seed))
+
+        return lambda: self.truth.coverage(draw, self.plan.repeats)
 
     def _resampled(self, name: str) -> Callable[[Workshop], dict[str, Any]]:
         def row(shop: Workshop) -> dict[str, Any]:

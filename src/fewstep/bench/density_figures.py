@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,6 +28,7 @@ from fewstep.metrics import mode_weights, sliced_wasserstein, stein_discrepancy
 from fewstep.metrics.transport import sinkhorn_divergence, wasserstein
 
 PUBLISHED = "papers' entropic W1, not converged"
+VERDICTS = ("yes", "open", "no")
 ABOVE, BELOW = "above log Z: no bound", "below log Z: no bound"
 _FLOORS = 3  # pairs of exact sets
 _DENSE = 100  # dimensions up to which short chains see a covariance
@@ -157,6 +159,19 @@ class Truth:
         if self.log_z is not None:
             row |= {"log Z error": abs(draws.log_z - self.log_z), "covers": self._covered(low, high)}
         return row
+
+    def coverage(self, draw: Callable[[int], Draws], repeats: int) -> dict[str, int | float]:
+        """Return how often intervals of log Z hold it, over `repeats` sets of draws, and by how much their mean Z is off, in nats.
+
+        Args:
+            draw: gives the set of a seed, with unbiased weights.
+            repeats: how many.
+        """
+        rows = [self.weighted(draw(mix(31, k))) for k in range(repeats)]
+        verdicts = Counter(row["covers"] for row in rows)
+        means = torch.tensor([row["log Z"] for row in rows], dtype=torch.float64)
+        off = means.logsumexp(0) - math.log(repeats) - float(self.log_z or 0.0)
+        return {"sets": repeats, **{word: verdicts[word] for word in VERDICTS}, "log Z off": float(off)}
 
     def lower_bound(self, draws: Draws) -> float | str | None:
         """Return the ELBO, or None where weights do not bound log Z: of a kind that does not, or of a map that was seen to fold.

@@ -223,11 +223,13 @@ class Recipe(NamedTuple):
     steps: Sequence[int] = ()
 
 
-def from_scratch(name: str) -> Recipe:
-    """Return how the method of `fit` called `name` is trained."""
+def from_scratch(name: str, preset: str | None = None) -> Recipe:
+    """Return how the method of `fit` called `name` is trained, by its defaults or a preset."""
 
     def make(shop: Workshop, target: TargetDensity, _: Any) -> DensitySampler:
-        setup, teacher = shop.setup, get(name, "teachers")(steps=shop.setup.path_steps)
+        setup, kind = shop.setup, get(name, "teachers")
+        steps = {"steps": setup.path_steps}
+        teacher = kind(**steps) if preset is None else kind.preset(preset, **steps)
         return fit(target, sampler=teacher, train_steps=setup.train_steps, batch=setup.batch, seed=shop.seed)
 
     return Recipe(make)
@@ -255,10 +257,11 @@ def from_exchange(shop: Workshop, target: TargetDensity, _: Any) -> DensitySampl
 
 METHODS: dict[str, Recipe] = {
     **{name: from_scratch(name) for name in ("dis", "lrds", "matched", "scds", "osds")},
+    "matched-narrow": from_scratch("matched", "narrow"),
     "cdds": student_of("dis"),
     "cdds-paper": student_of("dis", "paper"),
     "cdds-matched": student_of("matched"),
-    "cdds-narrow": student_of("matched", "narrow"),
+    "cdds-narrow": student_of("matched-narrow", "narrow"),
     "cdds-exchange": Recipe(from_exchange),
     "laplace": Recipe(lambda shop, target, _: laplace(target), steps=(1,)),
 }

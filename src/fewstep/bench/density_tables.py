@@ -59,6 +59,12 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {key: _over([row.get(key) for row in rows]) for key in rows[0]}
 
 
+def total(rows: Sequence[Mapping[str, Any]], means: Sequence[str]) -> dict[str, Any]:
+    """Return one row of several: sums, and of the columns `means` what `summary` gives."""
+    over = summary([{key: row[key] for key in means} for row in rows])
+    return {key: over[key] if key in means else sum(row[key] for row in rows) for key in rows[0]}
+
+
 def _over(values: Sequence[Any]) -> Any:
     if all(isinstance(value, int | float) for value in values):
         if len(set(values)) == 1:

@@ -63,6 +63,7 @@ def fit(  # noqa: PLR0913, PLR0917 - one parameter is one option
     loss: Annotated[
         str | None, typer.Option(help="kl, log_variance, trajectory_balance; the sampler's own if absent.")
     ] = None,
+    preset: Annotated[str | None, typer.Option(help="Named settings of the sampler: narrow, of matched.")] = None,
     assign: Assign = None,
     train_steps: Steps = 2000,
     batch: Batch = 256,
@@ -84,7 +85,7 @@ def fit(  # noqa: PLR0913, PLR0917 - one parameter is one option
     from fewstep.options import assignments
 
     for_target, own = training.split(assignments(assign or []), get(sampler, "teachers"))
-    teacher = training.teacher_of(sampler, own)
+    teacher = training.teacher_of(sampler, preset, own)
     options = FitOptions(train_steps, batch, lr, ema, seed, whiten, cpu=not gpu, checkpoint_every=checkpoint_every)
     job = training.Job(_named(context, target, for_target), out, options, resume)
     raise typer.Exit(training.fit(job, teacher, loss, console, errors))

@@ -175,9 +175,10 @@ def built(start: Built, values: Mapping[str, str], owner: str) -> Built:
     return replace(start, **found)  # type: ignore[type-var]
 
 
-def teacher_of(name: str, values: Mapping[str, str]) -> Teacher:
-    """Return the teacher called `name`; ValueError where there is none, or a field that it does not have."""
-    return built(get(name, "teachers")(), values, f"sampler {name}")
+def teacher_of(name: str, preset: str | None, values: Mapping[str, str]) -> Teacher:
+    """Return the teacher called `name` with the settings `preset`; ValueError where there is none, or not such a field."""
+    kind = get(name, "teachers")
+    return built(kind() if preset is None else kind.preset(preset), values, f"sampler {name}")
 
 
 def student_of(name: str, preset: str | None, values: Mapping[str, str]) -> Any:

@@ -10,7 +10,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from typing import Any, ClassVar, NamedTuple, Self, final
+from typing import Any, ClassVar, NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch import Tensor
 from fewstep.core.grid import times_of
 from fewstep.core.kernel import bridge, combine, epsilon_of
 from fewstep.core.noise import Noise
+from fewstep.core.presets import Named
 from fewstep.core.problem import Posterior
 from fewstep.core.reference import Reference
 from fewstep.core.samples import Samples
@@ -34,7 +35,7 @@ class State(NamedTuple):
 Callback = Callable[[int, int, State], None]  # (steps done, steps in all, state)
 
 
-class Sampler(ABC):
+class Sampler(Named, ABC):
     """Draws x ~ p(x | y) or an approximation of it.
 
     Attributes:
@@ -71,13 +72,6 @@ class Sampler(ABC):
     def output(self, state: State) -> Tensor:
         """Return the samples, (N, *event), from the state after the last step."""
         return state.x
-
-    @classmethod
-    def preset(cls, name: str, **overrides: Any) -> Self:
-        """Return the sampler with the settings called `name`, some of them overridden."""
-        if name not in cls.presets:
-            raise ValueError(f"{cls.__name__} has no preset {name!r}; it has {', '.join(cls.presets)}")
-        return cls(**{**cls.presets[name], **overrides})
 
     @final
     def __call__(

@@ -72,8 +72,10 @@ class FlowMap(nn.Module, ABC):
         config: the size of its network.
         jumps: whether s > 0 is possible; a map without it takes several steps by noising its samples again.
         guided: whether a call also takes one gradient of the target.
+        name: among `MAPS`.
     """
 
+    name: str
     schedule: VariancePreserving
     dim: int
     config: MapConfig
@@ -142,7 +144,7 @@ class ResidualMap(FlowMap):
         config: size of F.
     """
 
-    jumps = True
+    jumps, name = True, "residual"
 
     def __init__(self, schedule: VariancePreserving, target: TargetDensity, config: MapConfig = MapConfig()) -> None:
         super().__init__()
@@ -162,20 +164,27 @@ class ScaledMap(FlowMap):
     to say it through F alone errs by more than the slope, and the map folds. Here F is flat within modes, and v is the same for
     steps of all lengths: none is too short to reach into the neck of a funnel. |log v| < 16.
 
+    Gated, F is that of the network times e^g, g its third output per coordinate, |g| < 8. The errors of a bounded F are alike
+    everywhere, and wider than a neck is; with a gate they shrink with it.
+
     Args:
         schedule: a variance-preserving noise schedule.
         target: the density, in whitened coordinates, of which only the dimension matters.
         config: size of the network.
+        gated: whether F has a gate.
     """
 
     jumps = True
-    LIMIT = 16.0
+    LIMIT, GATE = 16.0, 8.0
 
-    def __init__(self, schedule: VariancePreserving, target: TargetDensity, config: MapConfig = MapConfig()) -> None:
+    def __init__(
+        self, schedule: VariancePreserving, target: TargetDensity, config: MapConfig = MapConfig(), gated: bool = False
+    ) -> None:
         super().__init__()
-        self.schedule, self.dim, self.config = schedule, target.dim, config
+        self.schedule, self.dim, self.config, self.gated = schedule, target.dim, config, gated
+        self.name = "gated" if gated else "scaled"
         check_preserving(schedule)
-        self.net = Perceptron(schedule, (target.dim, 2 * target.dim), 2, config)
+        self.net = Perceptron(schedule, (target.dim, (2 + gated) * target.dim), 2, config)
 
     def forward(self, y: Tensor, t: Tensor, s: Tensor) -> Tensor:
         """See `FlowMap`."""
@@ -183,7 +192,9 @@ class ScaledMap(FlowMap):
 
     def sloped(self, y: Tensor, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         """See `FlowMap`: k."""
-        shift, width = self.net(y, t, s).chunk(2, -1)
+        shift, width, *gate = self.net(y, t, s).chunk(2 + self.gated, -1)
+        for g in gate:
+            shift = shift * (self.GATE * torch.tanh(g / self.GATE)).exp()
         v = (self.LIMIT * torch.tanh(2 * width / self.LIMIT)).exp()
         before, after = (self._variance(v, u) for u in (t, s))
         k = (after / before).sqrt()
@@ -207,7 +218,7 @@ class EDMMap(FlowMap):
         config: size of F.
     """
 
-    jumps = False
+    jumps, name = False, "edm"
 
     def __init__(
         self, schedule: VariancePreserving, target: TargetDensity, config: MapConfig = MapConfig(64, 2, "gelu", 0.0)
@@ -251,6 +262,7 @@ class GuidedMap(FlowMap):
     ) -> None:
         super().__init__()
         self.schedule, self.dim, self.config, self.euler = schedule, target.dim, config, euler
+        self.name = "guided_euler" if euler else "guided"
         check_preserving(schedule)
         self.target = target
         self.net = Perceptron(schedule, (2 * target.dim, target.dim), 2, config)
@@ -320,6 +332,7 @@ def warm_start(net: Perceptron, trained: nn.Module) -> int:
 MAPS: dict[str, Callable[..., FlowMap]] = {
     "residual": ResidualMap,
     "scaled": ScaledMap,
+    "gated": partial(ScaledMap, gated=True),
     "edm": EDMMap,
     "guided": GuidedMap,
     "guided_euler": partial(GuidedMap, euler=True),
@@ -328,6 +341,4 @@ MAPS: dict[str, Callable[..., FlowMap]] = {
 
 def described(flow_map: FlowMap) -> dict[str, Any]:
     """Return how to build a map of `MAPS` again, as JSON takes it."""
-    kind = {ResidualMap: "residual", ScaledMap: "scaled", EDMMap: "edm", GuidedMap: "guided"}[type(flow_map)]
-    suffix = "_euler" if getattr(flow_map, "euler", False) else ""
-    return {"map": kind + suffix, "size": asdict(flow_map.config)}
+    return {"map": flow_map.name, "size": asdict(flow_map.config)}

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from fewstep.core.batch import like
 from fewstep.core.denoiser import Denoiser, Rescheduled
 from fewstep.core.noise import Noise
 from fewstep.core.objective import Objective
+from fewstep.core.presets import Named
 from fewstep.core.reference import Reference
 from fewstep.core.schedule import VariancePreserving
 from fewstep.densities.grids import times_of
@@ -113,13 +114,14 @@ class SelfConsistency(Objective):
 
 
 @dataclass(frozen=True)
-class CDDS:
+class CDDS(Named):
     """How a student is distilled from a teacher.
 
     The preset "narrow" is for targets some parts of which are much narrower than the whole, such as a funnel.
 
     Attributes:
-        map: a name of `MAPS`: "scaled", "residual", "guided" (which sees the target's score), or "edm", a consistency function.
+        map: a name of `MAPS`: "scaled", "gated" (for what is narrow in places), "residual", "guided" (which sees the target's
+            score), or "edm", a consistency function.
         size: of its network.
         objective: `FlowRegression` or `SelfConsistency`.
         incomplete: fresh unfinished trajectories by Euler's method, one interval per batch; otherwise finished ones by Heun's
@@ -168,16 +170,14 @@ class CDDS:
             "warm": True,
             "polish": 0,
         },
-        "narrow": {"grid": "angle_squared", "objective": FlowRegression(relative=1.0), "polish": 1000},
+        "narrow": {
+            "map": "gated",
+            "grid": "angle_squared",
+            "objective": FlowRegression(relative=1.0),
+            "polish": 1000,
+        },
         "averaged": {"objective": SelfConsistency(huber=0.01, decay=0.95), "direct": 0.0, "apart": 0.0, "polish": 0},
     }
-
-    @classmethod
-    def preset(cls, name: str, **overrides: Any) -> Self:
-        """Return the settings called `name`, some of them overridden."""
-        if name not in cls.presets:
-            raise ValueError(f"CDDS has no preset {name!r}; it has {', '.join(cls.presets)}")
-        return cls(**{**cls.presets[name], **overrides})
 
     def model(self, denoiser: Denoiser, whitened: Whitened) -> Followed:
         """Return what is trained, for a teacher as `ready` gives it; takes its initial weights from the global generator."""
