@@ -264,6 +264,10 @@ def test_interval_of_groups_counts_groups():
         low, high = weights.log_z_interval(log_w, 0.9)
         wrong += low <= 0 <= high
     assert abs(covered / 200 - 0.9) < 4 * math.sqrt(0.09 / 200) and wrong / 200 < 0.6
+    runs = log_normal_draws(8, 0.5, 0).log_weights.repeat_interleave(10)
+    assert all(map(math.isfinite, weights.log_z_interval(runs, group=10))), (
+        "eight runs have an interval, whatever their tail"
+    )
 
 
 def test_no_upper_end_where_the_variance_may_be_infinite():

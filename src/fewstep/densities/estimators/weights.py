@@ -46,10 +46,10 @@ def log_z_interval(
     With s the relative standard error of mean w and q the Student quantile of the number of groups, log Z-hat -+ q s plus the
     skewness term of Johnson (1978, J. Amer. Statist. Assoc. 73): mean w has a long tail to the right, so it is more often
     too small than too large. Of independent weights with a Pareto tail, 0 < k-hat, the upper end also has room for what is
-    expected beyond the largest of N, E[w; w > w_max] = w_max / (N (1 - k)): with k = 0.6 nine intervals of ten hold Z then, eight
-    without. Weights with `signs` have that room at both ends. Where k-hat says that too many draws would be needed, no upper end
-    can be had, and the lower one is Markov's: P(Z-hat >= Z / a) <= a. That one needs positive weights; with `signs` there is no
-    lower end either.
+    expected beyond the largest of N, E[w; w > w_max] = w_max / (N (1 - k)); without it they miss more than twice as often as
+    they say at k = 0.6. Weights with `signs` have that room at both ends. Where k-hat says that too many draws would be needed,
+    no upper end can be had, and the lower one is Markov's: P(Z-hat >= Z / a) <= a. That one needs positive weights; with `signs`
+    there is no lower end either.
 
     Raises:
         ValueError: `level` outside (0, 1), or fewer than two groups.
@@ -62,7 +62,7 @@ def log_z_interval(
     if count < 2:
         raise ValueError("an interval needs at least two independent groups of draws")
     least = math.log(2 * tail) if signs is None else -math.inf
-    k = pareto_k(log_weights) if group == 1 else 0.0
+    k = pareto_k(log_weights) if group == 1 else -math.inf
     if not math.isfinite(centre) or k > limit(count):
         return centre + least, math.inf
     ratio = totals / totals.mean()
