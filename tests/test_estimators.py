@@ -242,16 +242,19 @@ def test_log_z_interval_covers(spread):
 @pytest.mark.parametrize("signed", [False, True])
 def test_log_z_interval_has_room_for_what_lies_beyond_the_largest_weight(signed):
     """Pareto weights of k = 0.6 have no variance: an interval of normal errors misses too often, and always from below."""
-    k, count, covered, naive = 0.6, 300, 0, 0
-    for seed in range(count):
+    k, count, covered, naive = 0.6, 0, 0, 0
+    for seed in range(300):
         u = torch.rand(2000, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         log_w = (torch.expm1(-k * u.log()) * (1 - k) / k).log()
         signs = torch.ones_like(u) if signed else None
         low, high = weights.log_z_interval(log_w, 0.95, signs=signs)
+        if math.isinf(high):
+            continue  # it holds log Z without saying anything
+        count += 1
         covered += low <= 0 <= high
         naive += abs(math.expm1(-weights.log_mean(log_w))) < 1.96 * weights.log_z_error(log_w)
     least = 0.95 - 4 * math.sqrt(0.95 * 0.05 / count)
-    assert naive / count < least < covered / count
+    assert count > 150 and naive / count < least < covered / count, (naive / count, covered / count)
 
 
 def test_interval_of_groups_counts_groups():

@@ -163,14 +163,17 @@ class Truth:
     def coverage(self, draw: Callable[[int], Draws], repeats: int) -> dict[str, int | float]:
         """Return how often intervals of log Z hold it, over `repeats` sets of draws, and by how much their mean Z is off, in nats.
 
+        Of a log Z that is known between bounds, that is from their middle. It must be known.
+
         Args:
             draw: gives the set of a seed, with unbiased weights.
             repeats: how many.
         """
+        assert self.log_z is not None
         rows = [self.weighted(draw(mix(31, k))) for k in range(repeats)]
         verdicts = Counter(row["covers"] for row in rows)
         means = torch.tensor([row["log Z"] for row in rows], dtype=torch.float64)
-        off = means.logsumexp(0) - math.log(repeats) - float(self.log_z or 0.0)
+        off = means.logsumexp(0) - math.log(repeats) - self.log_z
         return {"sets": repeats, **{word: verdicts[word] for word in VERDICTS}, "log Z off": float(off)}
 
     def lower_bound(self, draws: Draws) -> float | str | None:

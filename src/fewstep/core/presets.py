@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 
-class Named:
+class Presets:
     """What has named settings beside its defaults.
 
     Attributes:

@@ -18,7 +18,7 @@ from torch import Tensor
 from fewstep.core.grid import times_of
 from fewstep.core.kernel import bridge, combine, epsilon_of
 from fewstep.core.noise import Noise
-from fewstep.core.presets import Named
+from fewstep.core.presets import Presets
 from fewstep.core.problem import Posterior
 from fewstep.core.reference import Reference
 from fewstep.core.samples import Samples
@@ -35,7 +35,7 @@ class State(NamedTuple):
 Callback = Callable[[int, int, State], None]  # (steps done, steps in all, state)
 
 
-class Sampler(Named, ABC):
+class Sampler(Presets, ABC):
     """Draws x ~ p(x | y) or an approximation of it.
 
     Attributes:

@@ -23,7 +23,7 @@ from fewstep.core.batch import like
 from fewstep.core.denoiser import Denoiser, Rescheduled
 from fewstep.core.noise import Noise
 from fewstep.core.objective import Objective
-from fewstep.core.presets import Named
+from fewstep.core.presets import Presets
 from fewstep.core.reference import Reference
 from fewstep.core.schedule import VariancePreserving
 from fewstep.densities.grids import times_of
@@ -114,7 +114,7 @@ class SelfConsistency(Objective):
 
 
 @dataclass(frozen=True)
-class CDDS(Named):
+class CDDS(Presets):
     """How a student is distilled from a teacher.
 
     The preset "narrow" is for targets some parts of which are much narrower than the whole, such as a funnel.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fewstep.core.noise import Noise
 from fewstep.core.objective import Objective
-from fewstep.core.presets import Named
+from fewstep.core.presets import Presets
 from fewstep.core.reference import Reference
 from fewstep.core.registry import get
 from fewstep.core.schedule import Schedule, VariancePreserving
@@ -25,7 +25,7 @@ from fewstep.priors.unet import build_schedule
 
 
 @dataclass(frozen=True)
-class Teacher(Named, ABC):
+class Teacher(Presets, ABC):
     """How a sampler of a density is set up and trained; final subclasses are frozen dataclasses, one file each.
 
     Attributes:
