@@ -71,6 +71,13 @@ def test_noise_is_standard_normal_and_streams_are_independent():
     assert abs(float(cross)) < 5 / n**0.5
 
 
+@pytest.mark.parametrize("kind", [Noise, Streams])
+def test_uniforms_stay_below_one_in_any_precision(kind):
+    noise = Noise([0], torch.bfloat16) if kind is Noise else Streams(0, range(1), torch.bfloat16)
+    u = noise.rand(20_000)
+    assert float(u.min()) >= 0 and 0.99 < float(u.max()) < 1
+
+
 def test_noise_refuses_a_wrong_batch_and_leaves_the_global_generator_alone():
     before = torch.random.get_rng_state()
     with pytest.raises(ValueError, match="2 streams"):

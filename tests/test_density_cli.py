@@ -329,7 +329,7 @@ def test_an_interrupted_polish_is_noticed(density, folders, tmp_path, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_train_step", stopped)
         code, _, err = density(*words)
-    assert code == 130 and "interrupted polishing; run again to go on" in err
+    assert code == 130 and "interrupted in polish; run again to go on" in err
     assert json.loads((tmp_path / "o" / "run.json").read_text())["interrupted"]
     assert density(*words)[0] == 0 and not json.loads((tmp_path / "o" / "run.json").read_text())["interrupted"]
 

@@ -1,6 +1,8 @@
 """A control matched to draws: both identities of the drift, their best mixture, the loss at its minimum, and what comes out."""
 
 import math
+import os
+import signal
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ import torch
 import fewstep
 from fewstep.core.noise import Streams
 from fewstep.densities.base import load_density_sampler
+from fewstep.densities.draws import Draws
 from fewstep.densities.mcmc.hamiltonian import Hamiltonian
 from fewstep.densities.mcmc.replica_exchange import ReplicaExchange
 from fewstep.densities.networks import Known, NetConfig, gaussian_drift
@@ -16,6 +19,7 @@ from fewstep.densities.teachers.matched import Informed, Matched, Matching, shar
 from fewstep.densities.whitened import Whitened
 from fewstep.priors.exact import MixturePrior
 from fewstep.testing.density import check_target
+from fewstep.training import Trainer
 from laws import SCHEDULE, Law
 
 MEANS, WIDTHS = torch.tensor([[-1.0, 0.4], [0.9, -0.2]]), torch.tensor([[0.05, 0.2], [0.1, 0.02]])
@@ -107,7 +111,7 @@ def test_drift_of_a_gaussian():
 
 def test_matched_sampler_of_a_mixture(tmp_path):
     target = Law(mixture())
-    teacher = Matched(steps=16, draws=4096, levels=4, chains=128, warmup=60, net=NetConfig(width=32))
+    teacher = Matched(steps=16, draws=2048, levels=4, chains=128, warmup=60, net=NetConfig(width=32))
     sampler = fewstep.fit(target, sampler=teacher, train_steps=250, batch=256, lr=4e-3, ema=0.95)
     draws = sampler.sample(8192, seed=1)
     low, high = draws.log_z_interval(0.999)
@@ -183,7 +187,7 @@ def test_the_preset_for_narrow_parts_resolves_them():
     found = {}
     for name, teacher in {
         "narrow": Matched.preset("narrow", samples=x, net=net),
-        "default": Matched(samples=x),
+        "default": Matched(samples=x, rounds=1),
     }.items():
         sampler = fewstep.fit(target, sampler=teacher, train_steps=600, batch=512, whiten=False)
         draws = sampler.sample(2048, 64)
@@ -193,3 +197,53 @@ def test_the_preset_for_narrow_parts_resolves_them():
     assert found["narrow"][1] < 0.75 * found["default"][1], "exact: 1.18"
     with pytest.raises(ValueError, match="no preset 'narrower'; it has narrow"):
         Matched.preset("narrower")
+
+
+def crooked(n=8192, **settings):
+    """Return a mixture whose modes have weights 0.4 and 0.6, and a teacher that is given draws with 0.7 and 0.3."""
+    target, wrong = Law(mixture()), MixturePrior(torch.tensor([0.7, 0.3]), MEANS, WIDTHS, SCHEDULE)
+    samples = wrong.sample(n, Streams(0, range(n)))
+    return target, Matched(samples=samples, draws=n, steps=16, net=NetConfig(width=32), **settings)
+
+
+SHORT = {"train_steps": 250, "batch": 256, "lr": 4e-3, "ema": 0.95, "whiten": False}
+
+
+def test_a_further_training_puts_the_weights_of_modes_right():
+    found = {}
+    for rounds in (1, 2):
+        target, teacher = crooked(rounds=rounds)
+        x = fewstep.fit(target, sampler=teacher, **SHORT).sample(16_384, seed=3).x
+        found[rounds] = float((x[:, 0] > 0).double().mean())
+    assert abs(found[1] - 0.3) < 0.05 and abs(found[2] - 0.6) < 0.05
+
+
+def test_draws_of_poor_weights_are_not_gone_by():
+    """A sampler that has learned nothing of two narrow modes far apart: what its weights pick is a handful of points."""
+    prior = MixturePrior(torch.ones(2) / 2, torch.tensor([[-3.0, 0.0], [3.0, 0.0]]), torch.full((2, 2), 1e-4), SCHEDULE)
+    teacher = Matched(samples=prior.sample(256, Streams(0, range(256))), draws=256, steps=4, net=NetConfig(width=8))
+    assert teacher.further == ("round_2",) and Matched.preset("narrow").further == ()
+    sampler = fewstep.fit(Law(prior), sampler=teacher, train_steps=1, batch=8, whiten=False)
+    assert teacher.renewed(sampler, 0) is None
+    good, teacher = crooked(2048, rounds=1)
+    assert teacher.renewed(fewstep.fit(good, sampler=teacher, **SHORT), 0) is not None
+
+
+def test_a_further_training_that_was_stopped_goes_on(tmp_path, monkeypatch):
+    target, teacher = crooked(1024)
+    short = {**SHORT, "train_steps": 20, "checkpoint_every": 5}
+    monkeypatch.setattr("fewstep.densities.teachers.matched._TAIL", math.inf)
+    monkeypatch.setattr(Draws, "ess", 1.0)
+    whole = fewstep.fit(target, sampler=teacher, **short).tensors()
+    step, stopped = Trainer._train_step, []
+
+    def interrupted(self):
+        if self.out.name == "round_2" and self.step == 7 and not stopped:
+            stopped.append(os.kill(os.getpid(), signal.SIGINT))
+        return step(self)
+
+    monkeypatch.setattr(Trainer, "_train_step", interrupted)
+    half = fewstep.fit(target, sampler=teacher, out=tmp_path, **short).tensors()
+    resumed = fewstep.fit(target, sampler=teacher, out=tmp_path, **short).tensors()
+    assert stopped and all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert not all(torch.equal(whole[name], half[name]) for name in whole)

@@ -71,19 +71,30 @@ class Job:
             self._record(facts, steps_done=0, interrupted=True)
 
     def finish(
-        self, sampler: DensitySampler, facts: Mapping[str, Any], begin: float, console: Console, errors: Console
+        self,
+        sampler: DensitySampler,
+        facts: Mapping[str, Any],
+        further: Mapping[str, int],
+        begin: float,
+        console: Console,
+        errors: Console,
     ) -> int:
-        """Write the sampler and its card; return the exit code, 130 where the training was interrupted."""
+        """Write the sampler and its card; return the exit code, 130 where the training was interrupted.
+
+        `further` has the folders of the trainings that may follow the first, in their order, and the steps of each.
+        """
         sampler.save(self.out)
         done, seconds = _steps(self.out), time.perf_counter() - begin
-        last = [self.out / name for name in POLISHES if (self.out / name).is_dir()]  # trainings of their own
-        stopped = done < self.options.train_steps or any(0 < _steps(o) < facts["polish"] for o in last[-1:])
+        last = [name for name in further if (self.out / name).is_dir()][-1:]
+        stopped = done < self.options.train_steps or any(_steps(self.out / name) < further[name] for name in last)
         quality = {} if stopped else summary(sampler.sample(CHECK, seed=self.options.seed))
         record = self._record(facts, steps_done=done, interrupted=stopped, seconds=seconds, quality=quality)
         write_bytes(self.out / "README.md", density_card(self.named, record, read_header(self.out)).encode())
         if stopped:
             where = (
-                f"after step {done} of {self.options.train_steps}" if done < self.options.train_steps else "polishing"
+                f"after step {done} of {self.options.train_steps}"
+                if done < self.options.train_steps
+                else f"in {last[0]}"
             )
             errors.print(f"interrupted {where}; run again to go on")
             return 130
@@ -119,7 +130,8 @@ def fit(job: Job, teacher: Teacher, loss: str | None, console: Console, errors: 
         sampler = train_teacher(
             job.named.density, sampler=teacher, loss=loss, options=replace(job.options, out=job.out)
         )
-        return job.finish(sampler, facts, begin, console, errors)
+        further = dict.fromkeys(teacher.further, job.options.train_steps)
+        return job.finish(sampler, facts, further, begin, console, errors)
 
 
 def distill(job: Job, teacher: Path | None, student: Any, console: Console, errors: Console) -> int:
@@ -140,7 +152,7 @@ def distill(job: Job, teacher: Path | None, student: Any, console: Console, erro
     begin = time.perf_counter()
     with notes(errors):
         sampler = train_student(found, student, options=replace(job.options, out=job.out))
-        return job.finish(sampler, facts, begin, console, errors)
+        return job.finish(sampler, facts, dict.fromkeys(POLISHES, student.polish), begin, console, errors)
 
 
 def split(words: Mapping[str, str], kind: type | None) -> tuple[dict[str, str], dict[str, str]]:

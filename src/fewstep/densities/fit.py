@@ -98,8 +98,20 @@ def fit(
 
 
 def train(whitened: Whitened, teacher: Teacher, loss: str | None, options: FitOptions) -> DensitySampler:
-    """Train `teacher` on a density in whitened coordinates; see `fit`."""
+    """Train a prepared `teacher` on a density in whitened coordinates, as often as it asks for; see `fit`."""
     loss = loss or teacher.default_loss
+    sampler, finished = _once(whitened, teacher, loss, options)
+    for name in teacher.further:
+        found = teacher.renewed(sampler, options.seed) if finished else None
+        if found is None:
+            break
+        inner = replace(options, out=None if options.out is None else Path(options.out) / name)
+        sampler, finished = _once(found[1], found[0], loss, inner)
+    return sampler
+
+
+def _once(whitened: Whitened, teacher: Teacher, loss: str, options: FitOptions) -> tuple[DensitySampler, bool]:
+    """Return what one training gives, and whether it was not told to stop."""
     describe = {
         "teacher": teacher.describe(),
         "loss": loss,
@@ -120,7 +132,7 @@ def train(whitened: Whitened, teacher: Teacher, loss: str | None, options: FitOp
             cpu=options.cpu,
             streams=in_blocks,
         )
-        return teacher.sampler(whitened, averaged(trainer, options).to("cpu"))
+        return teacher.sampler(whitened, averaged(trainer, options).to("cpu")), trainer.finished
 
 
 def averaged(trainer: Trainer, options: FitOptions) -> nn.Module:

@@ -40,6 +40,18 @@ class Teacher(Presets, ABC):
         """Return the teacher with what it needs to know of a density before it is trained, and the coordinates to train in."""
         return self, whitened
 
+    @property
+    def further(self) -> tuple[str, ...]:
+        """The folders of the trainings that follow the first."""
+        return ()
+
+    def renewed(self, sampler: DensitySampler, seed: int) -> tuple[Teacher, Whitened] | None:
+        """Return the teacher of a further training and its coordinates, by what the trained `sampler` knows of the density.
+
+        None where it knows too little, and training ends.
+        """
+        return None
+
     @abstractmethod
     def model(self, whitened: Whitened, seed: int) -> nn.Module:
         """Return what is trained, with its initial weights drawn from `seed`; may evaluate the target."""

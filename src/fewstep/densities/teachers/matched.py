@@ -20,7 +20,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from fewstep.core.noise import Noise, Streams
+from fewstep.core.noise import Noise, Streams, mix
 from fewstep.core.objective import Objective
 from fewstep.core.reference import Reference
 from fewstep.core.schedule import Schedule
@@ -32,6 +32,9 @@ from fewstep.densities.paths import Kernels
 from fewstep.densities.targets._mixture import Concentric
 from fewstep.densities.teachers._base import PathTeacher
 from fewstep.densities.whitened import Whitened
+
+_AGAIN = 4  # times as many draws, and steps of each, are weighted for a further training
+_TAIL = 0.5  # k-hat up to which weights have a variance: rare parts of the target are then not lost to chance
 
 
 class Informed(nn.Module):
@@ -103,8 +106,10 @@ class Matched(PathTeacher):
     The preset "narrow" is for targets some parts of which are much narrower than the whole, such as a funnel: it is trained down to
     noise of 0.0015, without guides, which are enormous beside such a part, and has more of the draws that are rare.
 
-    The draws find the modes; the weights of paths say what is wrong with the rest. Training then takes no calls of the target but
-    one guide per item. Coordinates are those of the draws' mean and spread.
+    The draws find the modes; the weights of paths say what is wrong with the rest, and put it right: a further training goes
+    by draws of the sampler that the first gave, picked by their weights, where these are worth as many. Chains change modes
+    seldom, so that weights of modes are what this mends most. Training takes no calls of the target but one guide per item.
+    Coordinates are those of the draws' mean and spread.
 
     Attributes:
         draws: how many, a multiple of `chains`.
@@ -115,6 +120,7 @@ class Matched(PathTeacher):
         widths: standard deviations of the normal laws around 0 that replica exchange starts from, in equal parts and in whitened
             coordinates: what lies far out, such as the wide end of a funnel, is found from a wide one.
         reach: how much smaller steps may be, see `Hamiltonian`; with 300 chains stay out of a funnel's wide end.
+        rounds: trainings, of which each further one is on draws of the sampler before it, as above.
         samples: draws of the target in its own coordinates, (N, d), to be used instead; not part of what is saved.
     """
 
@@ -127,7 +133,7 @@ class Matched(PathTeacher):
     )
     default_loss = "matching"
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "narrow": {"grid": "angle_squared", "net": NetConfig(width=96, gain=0.0), "thin": 48}
+        "narrow": {"grid": "angle_squared", "net": NetConfig(width=96, gain=0.0), "thin": 48, "rounds": 1}
     }
     draws: int = 16_384
     levels: int = 8
@@ -136,6 +142,7 @@ class Matched(PathTeacher):
     thin: int = 16
     widths: tuple[float, ...] = (1.0, 10.0)
     reach: float = 3000.0
+    rounds: int = 2
     samples: Tensor | None = field(default=None, repr=False, compare=False)
 
     def prepared(self, whitened: Whitened, seed: int) -> tuple[Matched, Whitened]:
@@ -148,6 +155,19 @@ class Matched(PathTeacher):
             drawn = exchange.sample(whitened, self.draws, seed=seed, base=base, dtype=torch.float32)
             found = replace(self, samples=drawn.x)
         return found, whitened.refitted(found._whitened(whitened))
+
+    @property
+    def further(self) -> tuple[str, ...]:
+        """See `Teacher`."""
+        return tuple(f"round_{k}" for k in range(2, self.rounds + 1))
+
+    def renewed(self, sampler: DensitySampler, seed: int) -> tuple[Matched, Whitened] | None:
+        """See `Teacher`: draws of long paths, picked by their weights."""
+        drawn = sampler.sample(_AGAIN * self.draws, _AGAIN * self.steps, seed=mix(seed, 6))
+        if drawn.khat > _TAIL or drawn.ess * len(drawn) < self.draws:
+            return None
+        found = replace(self, samples=drawn.resample(self.draws, seed).x)
+        return found, sampler.whitened.refitted(found._whitened(sampler.whitened))
 
     def model(self, whitened: Whitened, seed: int) -> nn.Module:
         """See `Teacher`."""
