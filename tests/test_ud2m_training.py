@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 import weakref
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
@@ -26,11 +27,13 @@ from fewstep.data import CropShape, RandomCrops
 from fewstep.measurements import Family, SimulatedMeasurements
 from fewstep.operators.jpeg import JpegLikelihood, project
 from fewstep.operators.words import get_operator
+from fewstep.priors.loaders import load_prior
 from fewstep.priors.unet import UNetConfig, UNetDenoiser
 from fewstep.recipes import ud2m
 from fewstep.unfolded.decoders import ContextDecoder
 from fewstep.unfolded.levels import LevelConfig
 from fewstep.unfolded.network import UnfoldedConfig, UnfoldedNetwork
+from fewstep.unfolded.store import open_network
 
 prepare_torchvision()
 pytest.importorskip("accelerate")
@@ -441,3 +444,14 @@ def test_a_straight_gradient_through_jpeg_is_found():
 
     found, expected = slopes(Straight(likelihood.y, dtype=torch.float64), x)
     assert found != pytest.approx(expected, rel=2e-2)
+
+
+def test_training_goes_on_from_the_shipped_sampler_by_its_name():
+    recipe = replace(recipes.read_recipe("natural-general"), init="natural-general")
+    started, shipped = (
+        recipe.unfolded(load_prior("natural"), 0).state_dict(),
+        open_network("natural-general").state_dict(),
+    )
+    assert started.keys() == shipped.keys() and all(torch.equal(started[name], shipped[name]) for name in started)
+    with pytest.raises(ValueError, match="no trained sampler 'runs/0/sampler'"):
+        replace(recipe, init="runs/0/sampler").unfolded(load_prior("natural"), 0)

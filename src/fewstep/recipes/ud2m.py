@@ -30,7 +30,7 @@ from fewstep.unfolded.decoders import AdaptedDecoder, ContextDecoder
 from fewstep.unfolded.levels import LevelConfig
 from fewstep.unfolded.lora import LoRAConfig
 from fewstep.unfolded.network import UnfoldedConfig, UnfoldedNetwork
-from fewstep.unfolded.store import load_network, save_adapter, save_network
+from fewstep.unfolded.store import find_network, load_network, save_adapter, save_network
 
 # a copy of the prior as it is, or one that also sees the context; trained as a whole, or through LoRA
 DECODERS: dict[str, type[AdaptedDecoder]] = {
@@ -67,7 +67,7 @@ class UD2MRecipe:
         lora: fields of `LoRAConfig`, for a decoder that is trained through LoRA.
         checkpointing: recompute the iterations in the backward pass, so that memory does not grow with K.
         licence: of the trained weights, an SPDX name for the card.
-        init: folder of a trained sampler of the same shape to start from, instead of the prior.
+        init: a trained sampler of the same shape to start from, instead of the prior: a shipped one, a folder, or a hub id.
     """
 
     prior: str
@@ -147,7 +147,7 @@ class UD2MRecipe:
             torch.manual_seed(seed)
             network = UnfoldedNetwork(config, kind(prior.with_context(kind.IMAGES), lora))
         if self.init:
-            network.load_state_dict(load_network(self.init).state_dict())
+            network.load_state_dict(load_network(find_network(self.init)).state_dict())
         network.checkpointing = self.checkpointing
         return network
 
