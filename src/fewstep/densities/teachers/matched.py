@@ -106,10 +106,9 @@ class Matched(PathTeacher):
     The preset "narrow" is for targets some parts of which are much narrower than the whole, such as a funnel: it is trained down to
     noise of 0.0015, without guides, which are enormous beside such a part, and has more of the draws that are rare.
 
-    The draws find the modes; the weights of paths say what is wrong with the rest, and put it right: a further training goes
-    by draws of the sampler that the first gave, picked by their weights, where these are worth as many. Chains change modes
-    seldom, so that weights of modes are what this mends most. Training takes no calls of the target but one guide per item.
-    Coordinates are those of the draws' mean and spread.
+    The draws find the modes; the weights of paths say what is wrong with the rest. Training then takes no calls of the target but
+    one guide per item. Coordinates are those of the draws' mean and spread. Where chains change modes too seldom to know their
+    weights, `rounds=2` puts these right: a further training goes by draws of the sampler that the first gave, picked by weight.
 
     Attributes:
         draws: how many, a multiple of `chains`.
@@ -120,7 +119,7 @@ class Matched(PathTeacher):
         widths: standard deviations of the normal laws around 0 that replica exchange starts from, in equal parts and in whitened
             coordinates: what lies far out, such as the wide end of a funnel, is found from a wide one.
         reach: how much smaller steps may be, see `Hamiltonian`; with 300 chains stay out of a funnel's wide end.
-        rounds: trainings, of which each further one is on draws of the sampler before it, as above.
+        rounds: trainings, of which each further one is on draws of the sampler before it, where their weights are worth as many.
         samples: draws of the target in its own coordinates, (N, d), to be used instead; not part of what is saved.
     """
 
@@ -133,7 +132,7 @@ class Matched(PathTeacher):
     )
     default_loss = "matching"
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "narrow": {"grid": "angle_squared", "net": NetConfig(width=96, gain=0.0), "thin": 48, "rounds": 1}
+        "narrow": {"grid": "angle_squared", "net": NetConfig(width=96, gain=0.0), "thin": 48}
     }
     draws: int = 16_384
     levels: int = 8
@@ -142,7 +141,7 @@ class Matched(PathTeacher):
     thin: int = 16
     widths: tuple[float, ...] = (1.0, 10.0)
     reach: float = 3000.0
-    rounds: int = 2
+    rounds: int = 1
     samples: Tensor | None = field(default=None, repr=False, compare=False)
 
     def prepared(self, whitened: Whitened, seed: int) -> tuple[Matched, Whitened]:
