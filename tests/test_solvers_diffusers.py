@@ -15,7 +15,7 @@ STEPS = 10
 
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: pair.title)
 def test_both_make_the_same_samples(pair):
-    assert difference(pair, STEPS) < 1e-5
+    assert difference(pair, STEPS) < 3e-5  # rounding in single precision, which differs between processors
 
 
 @pytest.mark.parametrize("pair", [pair for pair in PAIRS if {"terms": 1} != pair.settings], ids=lambda pair: pair.title)

@@ -225,7 +225,8 @@ def test_draws_of_poor_weights_are_not_gone_by():
     teacher = Matched(samples=prior.sample(256, Streams(0, range(256))), draws=256, steps=4, net=NetConfig(width=8))
     assert teacher.further == () and replace(teacher, rounds=2).further == ("round_2",)
     sampler = fewstep.fit(Law(prior), sampler=teacher, train_steps=1, batch=8, whiten=False)
-    assert teacher.renewed(sampler, 0) is None
+    with pytest.warns(UserWarning, match="no further training: 1024 draws"):
+        assert teacher.renewed(sampler, 0) is None
     good, teacher = crooked(2048)
     assert teacher.renewed(fewstep.fit(good, sampler=teacher, **SHORT), 0) is not None
 

@@ -137,9 +137,7 @@ class Streams(Noise):
     def rand(self, *shape: int) -> Tensor:
         """See `Noise`."""
         drawn = self._draw(lambda g, rows: g.random((rows, *shape)))
-        return drawn.clamp_max_(
-            1 - torch.finfo(self.dtype).eps / 2
-        )  # what was drawn in double precision may round to 1
+        return drawn.clamp_max_(1 - torch.finfo(self.dtype).eps / 2)  # doubles just below 1 may be rounded up to it
 
     def _draw(self, numbers: Callable[[np.random.Generator, int], np.ndarray]) -> Tensor:
         """Return the next numbers of every item, each call from generators of its own."""

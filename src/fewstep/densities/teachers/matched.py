@@ -13,6 +13,7 @@ per time and coordinate before training.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, cast
@@ -162,8 +163,14 @@ class Matched(PathTeacher):
 
     def renewed(self, sampler: DensitySampler, seed: int) -> tuple[Matched, Whitened] | None:
         """See `Teacher`: draws of long paths, picked by their weights."""
-        drawn = sampler.sample(_AGAIN * self.draws, _AGAIN * self.steps, seed=mix(seed, 6))
+        steps = _AGAIN * self.steps if isinstance(self.grid, str) else self.steps  # given times are as many as they are
+        drawn = sampler.sample(_AGAIN * self.draws, steps, seed=mix(seed, 6))
         if drawn.khat > _TAIL or drawn.ess * len(drawn) < self.draws:
+            warnings.warn(
+                f"no further training: {len(drawn)} draws of the sampler have an ESS of {drawn.ess:.2g} and a k-hat of "
+                f"{drawn.khat:.2f}, where {self.draws / len(drawn):.2g} and at most {_TAIL} are needed to pick draws by weight",
+                stacklevel=4,
+            )
             return None
         found = replace(self, samples=drawn.resample(self.draws, seed).x)
         return found, sampler.whitened.refitted(found._whitened(sampler.whitened))
