@@ -234,9 +234,8 @@ def test_single_precision_and_odd_sizes():
     y = encode(x, 40)
     likelihood = JpegLikelihood(y)
     check_form(likelihood)
-    check_alone(
-        likelihood, lambda b: JpegLikelihood(encode(x[b : b + 1], 40)), 5e-6
-    )  # rounding in single precision, which differs between processors
+    rounding = 5e-6  # in single precision, which differs between processors
+    check_alone(likelihood, lambda b: JpegLikelihood(encode(x[b : b + 1], 40)), rounding)
     z = likelihood.start() + 0.05 * torch.randn(2, 3, 43, 61, generator=torch.Generator().manual_seed(0))
     out = likelihood.prox(z, 1.0)
     assert float(likelihood.log_prob(out).min()) > -0.5
