@@ -16,8 +16,8 @@ from fewstep.densities.mcmc.hamiltonian import Hamiltonian
 from fewstep.densities.mcmc.replica_exchange import ReplicaExchange
 from fewstep.densities.networks import Known, NetConfig, gaussian_drift
 from fewstep.densities.targets._mixture import Concentric
-from fewstep.densities.teachers.matched import Informed, Matched, Matching, shares_of
-from fewstep.densities.whitened import Whitened
+from fewstep.densities.teachers.matched import Informed, Matched, shares_of
+from fewstep.densities.whitened import Whitened, whiten
 from fewstep.priors.exact import MixturePrior
 from fewstep.testing.density import check_target
 from fewstep.training import Trainer
@@ -43,14 +43,14 @@ class Off(Known):
         return type(super().moments(y, t, guide))(drift + self.shift, spread * self.widen.exp())
 
 
-def matched(prior, variances, n=60_000, **off):
+def matched(prior, variances, n=60_000, phases=1, **off):
     """Return the loss and its gradients, for draws of `prior`."""
-    teacher, target = Matched(steps=16), Law(prior)
+    teacher, target = Matched(steps=16, phases=phases), Law(prior)
     x = target.sample(Streams(0, range(n)))
     guides = target.score(x) + x
-    times = teacher.kernels(16).times[:-1]
-    informed = Informed(Off(prior, variances, **off), x, guides, shares_of(x, guides, SCHEDULE, times))
-    loss, figures = Matching(teacher.kernels(16)).loss("model", informed, None, Streams(1, range(n)))
+    objective = teacher.objective(Whitened(target), "matching")
+    informed = Informed(Off(prior, variances, **off), x, guides, shares_of(x, guides, SCHEDULE, objective.times))
+    loss, figures = objective.loss("model", informed, None, Streams(1, range(n)))
     loss.backward()
     return loss.item(), figures["error"], informed.control
 
@@ -89,18 +89,42 @@ def test_gaussian_modes_leave_no_noise_in_the_mixed_target():
     assert error < 1e-4 and noisy > 1e-3
 
 
-def test_the_loss_has_its_minimum_at_the_exact_control():
+@pytest.mark.parametrize("phases", [1, 4])
+def test_the_loss_has_its_minimum_at_the_exact_control(phases):
     """At the exact drift and, for a Gaussian, the exact spread the gradients vanish; a wrong one is pushed back."""
     variances = torch.tensor([0.05, 0.6])
     prior = MixturePrior(torch.ones(1), torch.tensor([[0.2, -0.1]]), variances[None], SCHEDULE)
-    _, _, at = matched(prior, variances)
-    _, _, wide = matched(prior, variances, widen=0.5)
-    _, _, narrow = matched(prior, variances, widen=-0.5)
+    _, _, at = matched(prior, variances, phases=phases)
+    _, _, wide = matched(prior, variances, phases=phases, widen=0.5)
+    _, _, narrow = matched(prior, variances, phases=phases, widen=-0.5)
     assert abs(float(at.shift.grad)) < 1e-3 and abs(float(at.widen.grad)) < 2e-4
     assert float(wide.widen.grad) > 1e-3 and float(narrow.widen.grad) < -1e-3
-    _, _, off = matched(mixture(), 0.2, shift=0.1)
-    _, _, other = matched(mixture(), 0.2, shift=-0.1)
+    _, _, off = matched(mixture(), 0.2, phases=phases, shift=0.1)
+    _, _, other = matched(mixture(), 0.2, phases=phases, shift=-0.1)
     assert float(off.shift.grad) > 0.01 > -0.01 > float(other.shift.grad)
+
+
+def test_paths_of_all_phases_meet_the_times_of_a_finer_grid():
+    teacher, target = Matched(steps=8, phases=4), Whitened(fewstep.target("nine_modes"))
+    objective = teacher.objective(target, "matching")
+    assert [len(path) for path in objective.kernels] == [9, 9, 9, 8]
+    assert all(path.times[0] == 1 and path.times[-1] == 0 for path in objective.kernels)
+    assert torch.equal(objective.times.unique(), teacher.kernels(32).times[:-1].flip(0))
+    assert torch.equal(objective.kernels[-1].times, Matched(steps=8).objective(target, "matching").kernels[0].times)
+    for wrong in ({"phases": 0}, {"phases": 2, "steps": 2, "grid": (1.0, 0.5, 0.0)}):
+        with pytest.raises(ValueError, match="phases must be 1, or more of a grid"):
+            Matched(**wrong)
+
+
+def test_chains_in_bent_coordinates_draw_the_neck_of_a_funnel():
+    """x_1 is N(0, 9), of which 9.1 % lie below -4; as many steps in plain coordinates draw half of that."""
+    target, shares = fewstep.target("funnel"), {}
+    for bend in (False, True):
+        teacher = Matched(draws=4096, thin=4, warmup=200, bend=bend)
+        found, whitened = teacher.prepared(whiten(target), 0)
+        shares[bend] = float((found.samples[:, 0] < -4).double().mean()) / 0.0912
+        assert not whitened.bend.any(), "only the chains run there"
+    assert shares[False] < 0.7 < shares[True] < 1.4
 
 
 def test_drift_of_a_gaussian():

@@ -455,3 +455,15 @@ def test_training_goes_on_from_the_shipped_sampler_by_its_name():
     assert started.keys() == shipped.keys() and all(torch.equal(started[name], shipped[name]) for name in started)
     with pytest.raises(ValueError, match="no trained sampler 'runs/0/sampler'"):
         replace(recipe, init="runs/0/sampler").unfolded(load_prior("natural"), 0)
+
+
+def test_training_of_another_number_of_iterations_goes_on_from_the_decoder():
+    recipe, prior = replace(recipes.read_recipe("natural-general"), init="natural-general"), load_prior("natural")
+    shipped, network = open_network("natural-general"), {**recipe.network, "levels": {"iterations": 1, "tau_max": 0.35}}
+    single = replace(recipe, network=network).unfolded(prior, 0)
+    found, expected = single.decoder.state_dict(), shipped.decoder.state_dict()
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+    tau = single.levels(torch.tensor([2.0]), torch.tensor([0.05]))[0].tau.detach()
+    assert single.calls == 1 and tau.item() == pytest.approx(0.35)
+    with pytest.raises(ValueError, match="has another decoder"):
+        replace(recipe, decoder="full").unfolded(prior, 0)

@@ -50,9 +50,10 @@ NOTES = (
     "equal budget: values and gradients of the target together, those of the one-step sampler's training and of its draws; replica "
     "exchange and SMC get as many, warm-up included. Best in its column: *. Distances below the floor are noise.",
     "laplace: the Gaussian that fits at the mode, which is one linear step. dis, matched: teachers, on grids of so many steps. "
-    "matched-narrow: by its preset for narrow parts. cdds, cdds-matched: students of dis and matched by our recipe; cdds-narrow: of "
-    "matched-narrow by the preset for narrow parts; cdds-paper: a student of dis by the published one; cdds-exchange: the student "
-    "of a mixture that was fitted to draws of replica exchange.",
+    "matched-narrow, matched-modes: by its presets for narrow parts and for weights of modes. cdds, cdds-matched, cdds-modes: "
+    "students of dis, matched and matched-modes by our recipe; cdds-narrow: of matched-narrow by the preset for narrow "
+    "parts; cdds-paper: a student of dis by the published one; cdds-exchange: the student of a mixture that was fitted to draws of "
+    "replica exchange.",
     "speed: processor time per sample in one run; iteration / calls: an iteration of training over the bare calls of its networks "
     "(with gradients where training takes them) and of the target.",
 )
@@ -87,9 +88,9 @@ def main(  # noqa: PLR0913 - one parameter is one option
     seeds: int = 3,
     repeats: int = 32,
     data: Path | None = None,
-    train_steps: int = 2000,
-    batch: int = 256,
-    simulated: int = 32,
+    train_steps: int | None = None,
+    batch: int | None = None,
+    simulated: int | None = None,
     distill_steps: int = 8000,
     rows: int = 32_768,
     polish: int | None = None,
@@ -110,9 +111,9 @@ def main(  # noqa: PLR0913 - one parameter is one option
         seeds: trainings of each method; with one alone no interval over trainings is given.
         repeats: sets of draws per training, whose intervals of log Z are counted; 0 leaves that table out.
         data: the folder of sonar.csv, ionosphere.csv and pines.csv, for the targets that are read from them.
-        train_steps: optimiser steps of teachers and of samplers that are trained from scratch.
-        batch: their paths per step.
-        simulated: steps of these paths.
+        train_steps: optimiser steps of teachers and of samplers that are trained from scratch; each one's own where it is None.
+        batch: their paths per step, likewise.
+        simulated: steps of these paths, likewise.
         distill_steps: optimiser steps of students.
         rows: trajectories that students learn from.
         polish: their last optimiser steps, on exact weights, which cost a Jacobian each; those of `CDDS` where it is None.

@@ -21,13 +21,14 @@ from fewstep.core.registry import get
 from fewstep.densities.base import DensitySampler, load_density_sampler
 from fewstep.densities.distill import OPTIONS, distill
 from fewstep.densities.draws import Draws
-from fewstep.densities.fit import fit
+from fewstep.densities.fit import FitOptions, fit, options_for
 from fewstep.densities.laplace import laplace
 from fewstep.densities.mcmc.hamiltonian import Hamiltonian
 from fewstep.densities.mcmc.replica_exchange import ReplicaExchange
 from fewstep.densities.mcmc.sequential import SequentialMonteCarlo
 from fewstep.densities.mixtures import fit_mixture
 from fewstep.densities.students.cdds import CDDS
+from fewstep.densities.teachers._base import Teacher
 from fewstep.densities.whitened import whiten
 from fewstep.priors.exact import MixturePrior
 
@@ -37,9 +38,9 @@ class Setup:
     """How samplers are trained.
 
     Attributes:
-        train_steps: optimiser steps of teachers and of samplers that are trained from scratch.
-        batch: their paths per step.
-        path_steps: steps of these paths, a power of two.
+        train_steps: optimiser steps of teachers and of samplers that are trained from scratch; each one's own where it is None.
+        batch: their paths per step, likewise.
+        path_steps: steps of these paths, a power of two, likewise.
         distill_steps: optimiser steps of students.
         rows: trajectories of the teacher that students learn from.
         draws: of replica exchange, for teachers that are fitted to draws.
@@ -47,9 +48,9 @@ class Setup:
         polish: optimiser steps of students on their exact weights; those of `CDDS` where it is None.
     """
 
-    train_steps: int = 2000
-    batch: int = 256
-    path_steps: int = 32
+    train_steps: int | None = None
+    batch: int | None = None
+    path_steps: int | None = None
     distill_steps: int = 8000
     rows: int = 32_768
     draws: int = 8192
@@ -61,6 +62,11 @@ class Setup:
         """How students are distilled by our recipe."""
         method = CDDS(rows=self.rows)
         return method if self.polish is None else replace(method, polish=self.polish)
+
+    def options(self, teacher: Teacher) -> FitOptions:
+        """Return how `teacher` is trained."""
+        given = {"train_steps": self.train_steps, "batch": self.batch}
+        return options_for(teacher, **{name: value for name, value in given.items() if value is not None})
 
 
 @dataclass
@@ -228,9 +234,9 @@ def from_scratch(name: str, preset: str | None = None) -> Recipe:
 
     def make(shop: Workshop, target: TargetDensity, _: Any) -> DensitySampler:
         setup, kind = shop.setup, get(name, "teachers")
-        steps = {"steps": setup.path_steps}
+        steps = {} if setup.path_steps is None else {"steps": setup.path_steps}
         teacher = kind(**steps) if preset is None else kind.preset(preset, **steps)
-        return fit(target, sampler=teacher, train_steps=setup.train_steps, batch=setup.batch, seed=shop.seed)
+        return fit(target, sampler=teacher, options=setup.options(teacher), seed=shop.seed)
 
     return Recipe(make)
 
@@ -258,10 +264,12 @@ def from_exchange(shop: Workshop, target: TargetDensity, _: Any) -> DensitySampl
 METHODS: dict[str, Recipe] = {
     **{name: from_scratch(name) for name in ("dis", "lrds", "matched", "scds", "osds")},
     "matched-narrow": from_scratch("matched", "narrow"),
+    "matched-modes": from_scratch("matched", "modes"),
     "cdds": student_of("dis"),
     "cdds-paper": student_of("dis", "paper"),
     "cdds-matched": student_of("matched"),
     "cdds-narrow": student_of("matched-narrow", "narrow"),
+    "cdds-modes": student_of("matched-modes"),
     "cdds-exchange": Recipe(from_exchange),
     "laplace": Recipe(lambda shop, target, _: laplace(target), steps=(1,)),
 }

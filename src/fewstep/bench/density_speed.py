@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -11,7 +12,7 @@ import torch
 from fewstep.bench.density_runs import BATCH, METHODS, Setup, Workshop
 from fewstep.core.noise import Streams
 from fewstep.densities.distill import distill
-from fewstep.densities.fit import FitOptions, train
+from fewstep.densities.fit import train
 from fewstep.densities.students._sampler import MapSampler
 from fewstep.densities.students.cdds import CDDS
 from fewstep.densities.teachers._base import PathSampler
@@ -53,8 +54,10 @@ def fastest(repeats: int, *runs: Callable[[], object]) -> list[float]:
 def path_overhead(whitened: Whitened, setup: Setup, steps: int = 12) -> float:
     """Return processor time of an iteration of `fit` on DIS over that of its bare calls."""
 
+    teacher = _simulated(setup)
+
     def run(count: int) -> None:
-        train(whitened, DIS(steps=setup.path_steps), None, FitOptions(train_steps=count, batch=setup.batch))
+        train(whitened, teacher, None, replace(setup.options(teacher), train_steps=count))
 
     return overhead(run, path_calls(whitened, setup), steps)
 
@@ -82,10 +85,11 @@ def overhead(run: Callable[[int], None], calls: Callable[[], object], steps: int
 
 def path_calls(whitened: Whitened, setup: Setup) -> Callable[[], None]:
     """Return the calls of one iteration: a path without gradients, all its points with, log rho once."""
-    control = DIS(steps=setup.path_steps).control(whitened)
-    y = Streams(0, range(setup.batch)).randn(whitened.dim)
-    times = torch.linspace(1, 0.01, setup.path_steps)
-    points = y.expand(setup.path_steps, *y.shape).contiguous()
+    teacher = _simulated(setup)
+    control = teacher.control(whitened)
+    y = Streams(0, range(setup.options(teacher).batch)).randn(whitened.dim)
+    times = torch.linspace(1, 0.01, teacher.steps)
+    points = y.expand(teacher.steps, *y.shape).contiguous()
 
     def run() -> None:
         with torch.no_grad():
@@ -116,3 +120,8 @@ def _seconds(run: Callable[[], object]) -> float:
     begin = time.process_time()
     run()
     return time.process_time() - begin
+
+
+def _simulated(setup: Setup) -> DIS:
+    """Return the teacher whose iterations are timed."""
+    return DIS() if setup.path_steps is None else DIS(steps=setup.path_steps)

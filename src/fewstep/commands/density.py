@@ -42,6 +42,12 @@ Steps = Annotated[int, typer.Option(help="Optimiser steps.")]
 Batch = Annotated[int, typer.Option(help="Items per step.")]
 Rate = Annotated[float, typer.Option(help="Peak learning rate.")]
 Average = Annotated[float, typer.Option(help="Decay of the averaged weights, which are those that are kept.")]
+OwnSteps = Annotated[int | None, typer.Option(help="Optimiser steps; the sampler's own if absent, mostly 2000.")]
+OwnBatch = Annotated[int | None, typer.Option(help="Items per step; the sampler's own if absent, mostly 256.")]
+OwnRate = Annotated[float | None, typer.Option(help="Peak learning rate; the sampler's own if absent, mostly 0.002.")]
+OwnAverage = Annotated[
+    float | None, typer.Option(help="Decay of the averaged weights that are kept; the sampler's own if absent.")
+]
 Every = Annotated[int, typer.Option(help="Steps between checkpoints.")]
 Resume = Annotated[bool, typer.Option(help="Go on from the last checkpoint in --out.")]
 Gpu = Annotated[bool, typer.Option("--gpu", help="Train on the accelerator, where there is one.")]
@@ -63,12 +69,14 @@ def fit(  # noqa: PLR0913, PLR0917 - one parameter is one option
     loss: Annotated[
         str | None, typer.Option(help="kl, log_variance, trajectory_balance; the sampler's own if absent.")
     ] = None,
-    preset: Annotated[str | None, typer.Option(help="Named settings of the sampler: narrow, of matched.")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="Named settings of the sampler: narrow or modes, of matched.")
+    ] = None,
     assign: Assign = None,
-    train_steps: Steps = 2000,
-    batch: Batch = 256,
-    lr: Rate = 2e-3,
-    ema: Average = 0.99,
+    train_steps: OwnSteps = None,
+    batch: OwnBatch = None,
+    lr: OwnRate = None,
+    ema: OwnAverage = None,
     seed: Seed = 0,
     whiten: Annotated[bool, typer.Option(help="Find coordinates in which N(0, I) is a fair guess first.")] = True,
     checkpoint_every: Every = 500,
@@ -81,12 +89,14 @@ def fit(  # noqa: PLR0913, PLR0917 - one parameter is one option
     """
     from fewstep.commands import density_training as training
     from fewstep.core.registry import get
-    from fewstep.densities.fit import FitOptions
+    from fewstep.densities.fit import options_for
     from fewstep.options import assignments
 
     for_target, own = training.split(assignments(assign or []), get(sampler, "teachers"))
     teacher = training.teacher_of(sampler, preset, own)
-    options = FitOptions(train_steps, batch, lr, ema, seed, whiten, cpu=not gpu, checkpoint_every=checkpoint_every)
+    given = {"train_steps": train_steps, "batch": batch, "lr": lr, "ema": ema}
+    given = {name: value for name, value in given.items() if value is not None}
+    options = options_for(teacher, **given, seed=seed, whiten=whiten, cpu=not gpu, checkpoint_every=checkpoint_every)
     job = training.Job(_named(context, target, for_target), out, options, resume)
     raise typer.Exit(training.fit(job, teacher, loss, console, errors))
 

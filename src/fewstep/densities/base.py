@@ -23,6 +23,7 @@ from fewstep.densities.whitened import Whitened
 
 _METHOD = "density-sampler"
 _LAYOUT = 2  # raised whenever the same tensors would come to mean something else
+_WHITENING = ("shift", "scale", "bend")
 
 
 class Cost(NamedTuple):
@@ -149,7 +150,7 @@ class DensitySampler(ABC):
         """Write the sampler, but not its target, to `folder`: safetensors beside a JSON header."""
         kind = type(self)
         name = f"{kind.__module__.removeprefix('fewstep.densities.')}.{kind.__qualname__}"
-        whitening = {"whitening.shift": self.whitened.shift, "whitening.scale": self.whitened.scale}
+        whitening = {f"whitening.{name}": getattr(self.whitened, name) for name in _WHITENING}
         header = {
             "method": _METHOD,
             "layout": _LAYOUT,
@@ -193,8 +194,8 @@ def load_density_sampler(folder: str | Path, target: TargetDensity) -> DensitySa
         )
     if header["dim"] != target.dim:
         raise ValueError(f"{folder} belongs to a density of {header['dim']} dimensions, not of {target.dim}")
-    shift, scale = (tensors.pop(f"whitening.{name}") for name in ("shift", "scale"))
-    return kind.restore(Whitened(target, shift, scale), header["config"], tensors)
+    whitening = {name: tensors.pop(key) for name in _WHITENING if (key := f"whitening.{name}") in tensors}
+    return kind.restore(Whitened(target, **whitening), header["config"], tensors)
 
 
 def _class(name: str, folder: str | Path) -> type[DensitySampler]:

@@ -63,13 +63,18 @@ class FitOptions:
         )
 
 
+def options_for(teacher: Teacher, **overrides: Any) -> FitOptions:
+    """Return the options that `teacher` is trained by, with some of them replaced."""
+    return FitOptions(**{**teacher.training, **overrides})
+
+
 def fit(
     log_prob: TargetDensity | Callable[[Tensor], Tensor],
     dim: int | None = None,
     *,
     sampler: str | Teacher = "dis",
     loss: str | None = None,
-    options: FitOptions = FitOptions(),
+    options: FitOptions | None = None,
     **overrides: Any,
 ) -> DensitySampler:
     """Train a sampler of an unnormalised density.
@@ -79,7 +84,7 @@ def fit(
         dim: d; needed for a callable.
         sampler: a name of `fewstep.available("teachers")`, or a teacher with settings of its own.
         loss: a name of `fewstep.available("losses")`; the teacher's own where it is None.
-        options: how it is trained.
+        options: how it is trained; the teacher's own where it is None, see `options_for`.
         overrides: single fields of `options`, such as `train_steps=500`.
 
     Raises:
@@ -88,9 +93,9 @@ def fit(
         FloatingPointError: the target is not finite where the paths lead.
         KeyboardInterrupt: the training was told to stop, and `out` names no folder to go on from.
     """
-    options = replace(options, **overrides)
     target = as_target(log_prob, dim)
     teacher = get(sampler, "teachers")() if isinstance(sampler, str) else sampler
+    options = replace(options or options_for(teacher), **overrides)
     teacher.objective(Whitened(target), loss or teacher.default_loss)  # a wrong name fails before any work
     whitened = whiten(target, seed=options.seed) if options.whiten else Whitened(target)
     teacher, whitened = teacher.prepared(whitened, options.seed)
@@ -120,6 +125,7 @@ def _once(whitened: Whitened, teacher: Teacher, loss: str, options: FitOptions) 
         "lr": options.lr,
         "shift": whitened.shift.tolist(),
         "scale": whitened.scale.tolist(),
+        "bend": whitened.bend.tolist(),
     }
     with tempfile.TemporaryDirectory() if options.out is None else nullcontext(str(options.out)) as folder:
         trainer = Trainer(

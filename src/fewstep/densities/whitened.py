@@ -1,6 +1,9 @@
-r"""A target in coordinates where N(0, I) is a fair guess: x = b(shift + scale y), with b the map onto the support.
+r"""A target in coordinates where N(0, I) is a fair guess: x = b(shift + scale h(y)), with b the map onto the support.
 
-rho_y(y) = rho(x) |dx/dy|, so log Z is unchanged. `whiten` finds shift and scale from short Langevin chains.
+h(y) = sinh(bend y) / bend per coordinate, y itself where bend = 0: it takes tails that are heavier than a normal law's to those of
+one (the sinh of Jones and Pewsey 2009, Biometrika 96, 761), and with them widens the narrow parts of a target whose width varies by
+orders of magnitude, as a funnel's does. rho_y(y) = rho(x) |dx/dy|, so log Z is unchanged. `whiten` finds shift and scale from short
+Langevin chains.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from torch import Tensor
 
 from fewstep.core.density import Bounds, TargetDensity
 from fewstep.core.noise import Noise, Streams
+from fewstep.densities.bend import bend_of, bend_slopes, bent, straight
 from fewstep.densities.support import box_slopes, from_box, to_box
 
 _ROUNDS = 6  # of `whiten`, with a new scale after each
@@ -25,24 +29,28 @@ class Whitened(TargetDensity):
         target: the density, in x.
         shift: (d,), where y = 0 lies, before the map onto the support; a number is repeated.
         scale: (d,) or a number, positive, or (d, d), lower triangular with a positive diagonal.
+        bend: (d,) or a number, not negative.
 
     Raises:
-        ValueError: a shift or scale of another shape, or a scale that is not positive and finite.
+        ValueError: a shift, scale or bend of another shape, or a scale that is not positive, or one of them is not finite.
     """
 
     target: TargetDensity
     shift: Tensor = field(default_factory=lambda: torch.zeros(()))
     scale: Tensor = field(default_factory=lambda: torch.ones(()))
+    bend: Tensor = field(default_factory=lambda: torch.zeros(()))
 
     def __post_init__(self) -> None:
         d = self.target.dim
-        for name in ("shift", "scale"):
+        for name in ("shift", "scale", "bend"):
             value = torch.as_tensor(getattr(self, name), dtype=torch.float64)
             object.__setattr__(self, name, value.expand(d) if value.ndim == 0 else value)
         if self.shift.shape != (d,) or self.scale.shape not in ((d,), (d, d)):
             raise ValueError(f"shift {tuple(self.shift.shape)} and scale {tuple(self.scale.shape)} do not fit d = {d}")
         if not bool(torch.isfinite(self.scale).all() and (self._widths > 0).all() and torch.isfinite(self.shift).all()):
             raise ValueError("scale must be finite with a positive diagonal, shift must be finite")
+        if self.bend.shape != (d,) or not bool((torch.isfinite(self.bend) & (self.bend >= 0)).all()):
+            raise ValueError(f"bend must be ({d},), finite and not negative")
 
     @property
     def dim(self) -> int:  # type: ignore[override]
@@ -61,44 +69,54 @@ class Whitened(TargetDensity):
 
     def to_x(self, y: Tensor) -> Tensor:
         """Return the target's coordinates, (N, d) -> (N, d)."""
-        u = self._affine(y)
+        u = self._free(y)
         return u if self.target.support is None else to_box(u, self.target.support)
 
     def to_y(self, x: Tensor) -> Tensor:
         """Return the whitened coordinates, (N, d) -> (N, d); the inverse of `to_x`."""
-        return self._inverse(x if self.target.support is None else from_box(x, self.target.support))
+        u = x if self.target.support is None else from_box(x, self.target.support)
+        return straight(self._inverse(u), self.bend.to(u))
 
     def log_prob(self, x: Tensor) -> Tensor:
         """See `TargetDensity`; `x` are whitened coordinates, (N, d) -> (N,)."""
         log = self.target.log_prob(self.to_x(x)) + float(self._widths.log().sum())
-        return log if self.target.support is None else log + box_slopes(self._affine(x), self.target.support)[0].sum(1)
+        if bool(self.bend.any()):
+            log = log + bend_slopes(x, self.bend.to(x))[0].sum(1)
+        return log if self.target.support is None else log + box_slopes(self._free(x), self.target.support)[0].sum(1)
 
     def score(self, x: Tensor) -> Tensor:
         """See `TargetDensity`; by the chain rule, so that the target's own score is used."""
         score = self.target.score(self.to_x(x))
         if self.target.support is not None:
-            log_slope, curvature = box_slopes(self._affine(x), self.target.support)
+            log_slope, curvature = box_slopes(self._free(x), self.target.support)
             score = score * log_slope.exp() + curvature
         scale = self.scale.to(x)
-        return score * scale if scale.ndim == 1 else score @ scale
+        score = score * scale if scale.ndim == 1 else score @ scale
+        if bool(self.bend.any()):
+            log_slope, curvature = bend_slopes(x, self.bend.to(x))
+            score = score * log_slope.exp() + curvature
+        return score
 
     def sample(self, noise: Noise) -> Tensor:
         """See `TargetDensity`: exact where the target's is."""
         return self.to_y(self.target.sample(noise))
 
-    def refitted(self, y: Tensor) -> Whitened:
+    def refitted(self, y: Tensor, bend: bool = False) -> Whitened:
         """Return the target in coordinates in which draws y, (N, d), have mean 0, standard deviation 1 and, where that pays, no
-        correlation; see `correlated`."""
-        u = self._affine(y).double()
+        correlation; see `correlated`. With `bend` heavy tails are bent to those of N(0, 1), see `bend_of`, where there are any."""
+        u = self._free(y).double()
+        if bend and bool((found := bend_of(u))[2].any()):
+            return Whitened(self.target, *found)
         return Whitened(self.target, u.mean(0), _spread(u, correlated(u)))
 
     @property
     def _widths(self) -> Tensor:
         return self.scale if self.scale.ndim == 1 else self.scale.diagonal()
 
-    def _affine(self, y: Tensor) -> Tensor:
-        scale = self.scale.to(y)
-        return self.shift.to(y) + (y * scale if scale.ndim == 1 else y @ scale.T)
+    def _free(self, y: Tensor) -> Tensor:
+        """Return the target's coordinates before the map onto the support."""
+        h, scale = bent(y, self.bend.to(y)), self.scale.to(y)
+        return self.shift.to(y) + (h * scale if scale.ndim == 1 else h @ scale.T)
 
     def _inverse(self, u: Tensor) -> Tensor:
         centred, scale = u - self.shift.to(u), self.scale.to(u)
@@ -136,9 +154,9 @@ def whiten(
         # at least half, or a few chains in a narrow place would speak for all
         enough = torch.minimum(value.max() - 10 - 2 * target.dim, value[finite].median())
         arrived = (value >= enough) & finite
-        seen = _trimmed(found._affine(path[:, arrived]).flatten(0, 1))
+        seen = _trimmed(found._free(path[:, arrived]).flatten(0, 1))
         lost = torch.arange(chains) % int(arrived.sum())
-        u = torch.where(finite[:, None], found._affine(path[-1]), found._affine(path[-1][arrived])[lost])
+        u = torch.where(finite[:, None], found._free(path[-1]), found._free(path[-1][arrived])[lost])
         found, old = Whitened(target, seen.mean(0), _spread(seen, dense)), found
         size = size * float((old._widths / found._widths).square().log().mean().exp())
     return found

@@ -67,7 +67,8 @@ class UD2MRecipe:
         lora: fields of `LoRAConfig`, for a decoder that is trained through LoRA.
         checkpointing: recompute the iterations in the backward pass, so that memory does not grow with K.
         licence: of the trained weights, an SPDX name for the card.
-        init: a trained sampler of the same shape to start from, instead of the prior: a shipped one, a folder, or a hub id.
+        init: a trained sampler of the same decoder to start from, instead of the prior: a shipped one, a folder, or a hub id.
+            Its levels are taken over too, unless it has another number of iterations.
     """
 
     prior: str
@@ -147,7 +148,7 @@ class UD2MRecipe:
             torch.manual_seed(seed)
             network = UnfoldedNetwork(config, kind(prior.with_context(kind.IMAGES), lora))
         if self.init:
-            network.load_state_dict(load_network(find_network(self.init)).state_dict())
+            _begin_from(network, load_network(find_network(self.init)))
         network.checkpointing = self.checkpointing
         return network
 
@@ -181,6 +182,17 @@ class UD2MRecipe:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed + 2)
             return fake_score(prior, build(LoRAConfig, self.fake or {}, "fake"))
+
+
+def _begin_from(network: UnfoldedNetwork, trained: UnfoldedNetwork) -> None:
+    """Copy the weights of `trained`; levels of another number of iterations stay at their base."""
+    weights = trained.state_dict()
+    if trained.config.levels.iterations != network.config.levels.iterations:
+        weights |= {name: value for name, value in network.state_dict().items() if name.startswith("levels.")}
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError("init: the trained sampler has another decoder or other levels than this recipe") from error
 
 
 def _lpips(net: str, what: str, device: torch.device | str) -> nn.Module:

@@ -14,7 +14,7 @@ per time and coordinate before training.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, cast
 
@@ -29,11 +29,12 @@ from fewstep.densities.base import DensitySampler
 from fewstep.densities.mcmc.hamiltonian import Hamiltonian
 from fewstep.densities.mcmc.replica_exchange import ReplicaExchange
 from fewstep.densities.networks import ControlNet, NetConfig
-from fewstep.densities.paths import Kernels
+from fewstep.densities.paths import DISCRETISATIONS, Kernels
 from fewstep.densities.targets._mixture import Concentric
 from fewstep.densities.teachers._base import PathTeacher
 from fewstep.densities.whitened import Whitened
 
+_BEFORE = 8  # times as few draws say how coordinates are bent, before the others are drawn there
 _AGAIN = 4  # times as many draws, and steps of each, are weighted for a further training
 _TAIL = 0.5  # k-hat up to which weights have a variance: rare parts of the target are then not lost to chance
 
@@ -69,10 +70,15 @@ class Matching(Objective):
     """-E log P_F along noised draws, one step of a path per item: drift by regression, spread by likelihood.
 
     Attributes:
-        kernels: the steps of the paths.
+        kernels: of one or more paths, whose steps are met alike.
     """
 
-    kernels: Kernels
+    kernels: Sequence[Kernels]
+
+    @property
+    def times(self) -> Tensor:
+        """Where steps begin, (K,)."""
+        return torch.cat([path.times[:-1] for path in self.kernels])
 
     def players(self, model: nn.Module) -> dict[str, Iterable[nn.Parameter]]:
         """See `Objective`."""
@@ -83,8 +89,9 @@ class Matching(Objective):
         informed = cast(Informed, model)
         control = informed.control
         u = noise.rand(2)
-        row, k = (u[:, 0] * len(informed.samples)).long(), (u[:, 1] * len(self.kernels)).long()
-        x, t = informed.samples[row], self.kernels.times.to(u)[k]
+        times, steps = self.times.to(u), torch.cat([path.steps() for path in self.kernels]).to(u)
+        row, k = (u[:, 0] * len(informed.samples)).long(), (u[:, 1] * len(steps)).long()
+        x, t = informed.samples[row], times[k]
         alpha, sigma = (c[:, None] for c in control.schedule(t))
         z = noise.randn_like(x)
         y = alpha * x + sigma * z
@@ -92,7 +99,7 @@ class Matching(Objective):
         first = x - alpha / sigma * z
         share = informed.shares[k]
         wanted = share * first + (1 - share) * informed.guides[row]
-        _, p, b2, before, after = self.kernels.steps().to(y)[k].T[..., None]
+        _, p, b2, before, after = steps[k].T[..., None]
         rate = (1 + after * (spread - 1)) / (1 + before * (spread - 1))  # of variances, forward to backward
         residual = p**2 / b2 * (first - drift.detach()).square() + (1 - after) / sigma**2
         error = p**2 / b2 * (wanted - drift).square() / rate.detach()
@@ -109,7 +116,8 @@ class Matched(PathTeacher):
 
     The draws find the modes; the weights of paths say what is wrong with the rest. Training then takes no calls of the target but
     one guide per item. Coordinates are those of the draws' mean and spread. Where chains change modes too seldom to know their
-    weights, `rounds=2` puts these right: a further training goes by draws of the sampler that the first gave, picked by weight.
+    weights, the preset "modes" puts these right: a further training goes by draws of the sampler that the first gave, picked by
+    weight.
 
     Attributes:
         draws: how many, a multiple of `chains`.
@@ -120,6 +128,9 @@ class Matched(PathTeacher):
         widths: standard deviations of the normal laws around 0 that replica exchange starts from, in equal parts and in whitened
             coordinates: what lies far out, such as the wide end of a funnel, is found from a wide one.
         reach: how much smaller steps may be, see `Hamiltonian`; with 300 chains stay out of a funnel's wide end.
+        bend: whether replica exchange runs in coordinates whose heavy tails are bent, see `Whitened`.
+        phases: paths of `steps` steps that the control is trained on, which begin at different places of a finer grid: it then knows
+            the times of long paths too, and still learns widths from long steps.
         rounds: trainings, of which each further one is on draws of the sampler before it, where their weights are worth as many.
         samples: draws of the target in its own coordinates, (N, d), to be used instead; not part of what is saved.
     """
@@ -132,9 +143,19 @@ class Matched(PathTeacher):
         "2402.08667",
     )
     default_loss = "matching"
+    training: ClassVar[Mapping[str, Any]] = {"train_steps": 8000, "batch": 512, "lr": 4e-3, "ema": 0.999}
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "narrow": {"grid": "angle_squared", "net": NetConfig(width=96, gain=0.0), "thin": 48}
+        "narrow": {
+            "grid": "angle_squared",
+            "phases": 4,
+            "net": NetConfig(width=96, gain=0.0),
+            "draws": 131_072,
+            "thin": 4,
+            "bend": True,
+        },
+        "modes": {"rounds": 2},
     }
+    net: NetConfig = field(default_factory=lambda: NetConfig(width=96))
     draws: int = 16_384
     levels: int = 8
     chains: int = 64
@@ -142,19 +163,32 @@ class Matched(PathTeacher):
     thin: int = 16
     widths: tuple[float, ...] = (1.0, 10.0)
     reach: float = 3000.0
+    bend: bool = False
+    phases: int = 1
     rounds: int = 1
     samples: Tensor | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.phases < 1 or (self.phases > 1 and not isinstance(self.grid, str)):
+            raise ValueError(f"phases must be 1, or more of a grid that has a name, got {self.phases}")
+        super().__post_init__()
 
     def prepared(self, whitened: Whitened, seed: int) -> tuple[Matched, Whitened]:
         """See `Teacher`: the draws, and coordinates in which they have mean 0 and deviation 1."""
         found = self
         if self.samples is None:
-            kernel = Hamiltonian(8, 0.5, self.reach)
-            exchange = ReplicaExchange(kernel, self.levels, self.chains, self.warmup, self.thin)
-            base = Concentric(whitened.dim, self.widths)
-            drawn = exchange.sample(whitened, self.draws, seed=seed, base=base, dtype=torch.float32)
-            found = replace(self, samples=drawn.x)
+            if self.bend:  # chains in bent coordinates reach what is narrow, and far out, more often
+                first = self._exchanged(whitened, self.draws // _BEFORE, mix(seed, 7))
+                whitened = whitened.refitted(whitened.to_y(first), bend=True)
+            found = replace(self, samples=self._exchanged(whitened, self.draws, seed))
         return found, whitened.refitted(found._whitened(whitened))
+
+    def _exchanged(self, whitened: Whitened, n: int, seed: int) -> Tensor:
+        """Return n draws of replica exchange in the target's own coordinates, (n, d)."""
+        kernel = Hamiltonian(8, 0.5, self.reach)
+        exchange = ReplicaExchange(kernel, self.levels, self.chains, self.warmup, self.thin)
+        base = Concentric(whitened.dim, self.widths)
+        return exchange.sample(whitened, n, seed=seed, base=base, dtype=torch.float32).x
 
     @property
     def further(self) -> tuple[str, ...]:
@@ -179,18 +213,27 @@ class Matched(PathTeacher):
         """See `Teacher`."""
         control, y = cast(ControlNet, super().model(whitened, seed)), self._whitened(whitened)
         guides = control.relative_score(y).detach().nan_to_num(0.0, 0.0, 0.0)
-        shares = shares_of(y, guides, self.schedule, self.kernels(self.steps).times[:-1], seed)
+        shares = shares_of(y, guides, self.schedule, self._matching.times, seed)
         return Informed(control, y, guides, shares)
 
     def objective(self, whitened: Whitened, loss: str) -> Objective:
         """See `Teacher`; there is one loss, "matching"."""
         if loss != self.default_loss:
             raise ValueError(f"draws are matched by one loss, {self.default_loss!r}, not {loss!r}")
-        return Matching(self.kernels(self.steps))
+        return self._matching
 
     def sampler(self, whitened: Whitened, model: nn.Module) -> DensitySampler:
         """See `Teacher`."""
         return super().sampler(whitened, cast(Informed, model).control)
+
+    @property
+    def _matching(self) -> Matching:
+        """The loss on the steps of all phases."""
+        if self.phases == 1:
+            return Matching([self.kernels(self.steps)])
+        fine = self.kernels(self.phases * self.steps).times
+        paths = [torch.cat([fine[:1], fine[k : -1 : self.phases], fine[-1:]]) for k in range(1, self.phases + 1)]
+        return Matching([DISCRETISATIONS[self.discretisation](self.schedule, times) for times in paths])
 
     def _whitened(self, whitened: Whitened) -> Tensor:
         if self.samples is None:
