@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -95,13 +96,26 @@ def test_help_answers_without_what_the_commands_need():
 
 
 def test_options_are_the_fields_with_their_defaults():
-    for function, defaults in ((options.fit, FitOptions()), (options.distill, OPTIONS)):
+    of_the_sampler = ("train_steps", "batch", "lr", "ema")
+    for function, defaults, own in ((options.fit, FitOptions(), of_the_sampler), (options.distill, OPTIONS, ())):
         given = {n: p.default for n, p in inspect.signature(function).parameters.items()}
         shared = [f.name for f in dataclasses.fields(FitOptions) if f.name in given and f.name != "out"]
         assert {"train_steps", "batch", "lr", "ema", "seed", "checkpoint_every"} <= set(shared)
-        assert {n: given[n] for n in shared} == {n: getattr(defaults, n) for n in shared}
+        assert {n: given[n] for n in shared} == {n: None if n in own else getattr(defaults, n) for n in shared}
     fields = {f.name for f in dataclasses.fields(FitOptions)} - {"out", "cpu"}  # the folder, and --gpu
     assert fields <= set(inspect.signature(options.fit).parameters)
+
+
+def test_options_that_are_not_given_are_those_of_the_sampler(density, monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr("fewstep.commands.density_training.fit", lambda job, *_: seen.append(job.options) or 0)
+    for words in ((), ("--sampler", "matched"), ("--sampler", "matched", "--batch", "7", "--lr", "0.1", "--seed", "3")):
+        assert density("fit", "nine_modes", "--out", tmp_path / "o", *words)[0] == 0
+    plain, matched, given = seen
+    assert plain == replace(FitOptions(), checkpoint_every=plain.checkpoint_every)
+    assert (matched.train_steps, matched.batch, matched.lr, matched.ema) == (8000, 512, 4e-3, 0.999)
+    assert given == replace(matched, batch=7, lr=0.1, seed=3)
+    assert f"mostly {plain.train_steps}" in density("fit", "--help")[1]
 
 
 def test_assignments_go_to_the_sampler_or_to_the_density():
@@ -149,7 +163,7 @@ def test_samplers_are_listed(density):
         (("fit", "nine_modes", "--out", "o", "--loss", "klx"), "did you mean kl"),
         (
             ("fit", "nine_modes", "--out", "o", "--sampler", "matched", "--preset", "wide"),
-            "no preset 'wide'; it has narrow",
+            "no preset 'wide'; it has narrow, modes",
         ),
         (("fit", "nine_modes", "--out", "o", "--bacth", "3"), "nine_modes has no option 'bacth'; did you mean batch"),
         (("fit", "funnel", "--dim", "x", "--out", "o"), "funnel: dim must be int, got 'x'"),

@@ -11,7 +11,7 @@ from fewstep.checkpoints import last_checkpoint
 from fewstep.core.noise import Streams
 from fewstep.core.schedule import VariancePreserving
 from fewstep.densities.base import load_density_sampler
-from fewstep.densities.fit import FitOptions, train
+from fewstep.densities.fit import FitOptions, options_for, train
 from fewstep.densities.mixtures import fit_mixture
 from fewstep.densities.networks import ControlNet, Moments, NetConfig, drift_of
 from fewstep.densities.paths import simulate
@@ -19,6 +19,7 @@ from fewstep.densities.teachers._base import build_teacher
 from fewstep.densities.teachers.dis import DIS
 from fewstep.densities.teachers.idem import IDEM, EnergyMatching, Replayed, drift_estimate
 from fewstep.densities.teachers.lrds import LRDS, Around
+from fewstep.densities.teachers.matched import Matched
 from fewstep.densities.whitened import Whitened
 from fewstep.priors.exact import MixturePrior
 from laws import Law
@@ -246,3 +247,16 @@ def test_training_on_every_loss_improves_the_weights(loss):
     after = train(whitened, teacher, loss, FitOptions(train_steps=80, batch=128, lr=5e-3)).sample(2000).elbo
     assert before < -0.3
     assert after > 0.5 * before
+
+
+def test_a_teacher_brings_its_own_options_where_none_are_given(monkeypatch):
+    assert options_for(DIS()) == FitOptions()
+    assert options_for(Matched(), batch=7) == FitOptions(8000, 7, 4e-3, 0.999)
+    seen = []
+    monkeypatch.setattr("fewstep.densities.fit.train", lambda *given: seen.append(given[-1]))
+    target, teacher = fewstep.target("nine_modes"), Matched(samples=torch.randn(64, 2))
+    for given in ({}, {"train_steps": 5}, {"options": FitOptions(lr=1e-3), "train_steps": 5}):
+        fewstep.fit(target, sampler=teacher, whiten=False, **given)
+    own = FitOptions(8000, 512, 4e-3, 0.999, whiten=False)
+    assert seen[0] == own and seen[1].train_steps == 5 and seen[1].lr == own.lr
+    assert seen[2] == FitOptions(5, lr=1e-3, whiten=False)

@@ -220,7 +220,7 @@ def test_the_preset_for_narrow_parts_resolves_them():
         found[name] = draws.ess, float(apart[apart < 0.05].median()) / 0.003
     assert found["narrow"][0] > 2 * found["default"][0]
     assert found["narrow"][1] < 0.75 * found["default"][1], "exact: 1.18"
-    with pytest.raises(ValueError, match="no preset 'narrower'; it has narrow"):
+    with pytest.raises(ValueError, match="no preset 'narrower'; it has narrow, modes"):
         Matched.preset("narrower")
 
 
