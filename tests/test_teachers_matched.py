@@ -125,6 +125,8 @@ def test_chains_in_bent_coordinates_draw_the_neck_of_a_funnel():
         shares[bend] = float((found.samples[:, 0] < -4).double().mean()) / 0.0912
         assert not whitened.bend.any(), "only the chains run there"
     assert shares[False] < 0.7 < shares[True] < 1.4
+    few = Matched(draws=48, chains=16, levels=3, thin=1, warmup=6, bend=True).prepared(Whitened(target), 0)[0]
+    assert few.samples.shape == (48, 10)
 
 
 def test_drift_of_a_gaussian():

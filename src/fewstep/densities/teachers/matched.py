@@ -178,7 +178,8 @@ class Matched(PathTeacher):
         found = self
         if self.samples is None:
             if self.bend:  # chains in bent coordinates reach what is narrow, and far out, more often
-                first = self._exchanged(whitened, self.draws // _BEFORE, mix(seed, 7))
+                few = self.chains * max(1, self.draws // (_BEFORE * self.chains))
+                first = self._exchanged(whitened, few, mix(seed, 7))
                 whitened = whitened.refitted(whitened.to_y(first), bend=True)
             found = replace(self, samples=self._exchanged(whitened, self.draws, seed))
         return found, whitened.refitted(found._whitened(whitened))
