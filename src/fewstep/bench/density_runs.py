@@ -65,8 +65,12 @@ class Setup:
 
     def options(self, teacher: Teacher) -> FitOptions:
         """Return how `teacher` is trained."""
-        given = {"train_steps": self.train_steps, "batch": self.batch}
-        return options_for(teacher, **{name: value for name, value in given.items() if value is not None})
+        return options_for(teacher, train_steps=self.train_steps, batch=self.batch)
+
+    @property
+    def paths(self) -> dict[str, Any]:
+        """Fields of teachers that simulate paths, as far as they are given."""
+        return {} if self.path_steps is None else {"steps": self.path_steps}
 
 
 @dataclass
@@ -234,8 +238,7 @@ def from_scratch(name: str, preset: str | None = None) -> Recipe:
 
     def make(shop: Workshop, target: TargetDensity, _: Any) -> DensitySampler:
         setup, kind = shop.setup, get(name, "teachers")
-        steps = {} if setup.path_steps is None else {"steps": setup.path_steps}
-        teacher = kind(**steps) if preset is None else kind.preset(preset, **steps)
+        teacher = kind(**setup.paths) if preset is None else kind.preset(preset, **setup.paths)
         return fit(target, sampler=teacher, options=setup.options(teacher), seed=shop.seed)
 
     return Recipe(make)

@@ -53,8 +53,7 @@ def fastest(repeats: int, *runs: Callable[[], object]) -> list[float]:
 
 def path_overhead(whitened: Whitened, setup: Setup, steps: int = 12) -> float:
     """Return processor time of an iteration of `fit` on DIS over that of its bare calls."""
-
-    teacher = _simulated(setup)
+    teacher = DIS(**setup.paths)
 
     def run(count: int) -> None:
         train(whitened, teacher, None, replace(setup.options(teacher), train_steps=count))
@@ -85,7 +84,7 @@ def overhead(run: Callable[[int], None], calls: Callable[[], object], steps: int
 
 def path_calls(whitened: Whitened, setup: Setup) -> Callable[[], None]:
     """Return the calls of one iteration: a path without gradients, all its points with, log rho once."""
-    teacher = _simulated(setup)
+    teacher = DIS(**setup.paths)
     control = teacher.control(whitened)
     y = Streams(0, range(setup.options(teacher).batch)).randn(whitened.dim)
     times = torch.linspace(1, 0.01, teacher.steps)
@@ -120,8 +119,3 @@ def _seconds(run: Callable[[], object]) -> float:
     begin = time.process_time()
     run()
     return time.process_time() - begin
-
-
-def _simulated(setup: Setup) -> DIS:
-    """Return the teacher whose iterations are timed."""
-    return DIS() if setup.path_steps is None else DIS(steps=setup.path_steps)

@@ -94,9 +94,9 @@ def fit(  # noqa: PLR0913, PLR0917 - one parameter is one option
 
     for_target, own = training.split(assignments(assign or []), get(sampler, "teachers"))
     teacher = training.teacher_of(sampler, preset, own)
-    given = {"train_steps": train_steps, "batch": batch, "lr": lr, "ema": ema}
-    given = {name: value for name, value in given.items() if value is not None}
-    options = options_for(teacher, **given, seed=seed, whiten=whiten, cpu=not gpu, checkpoint_every=checkpoint_every)
+    own_or_given = {"train_steps": train_steps, "batch": batch, "lr": lr, "ema": ema}
+    others = {"seed": seed, "whiten": whiten, "cpu": not gpu, "checkpoint_every": checkpoint_every}
+    options = options_for(teacher, **own_or_given, **others)
     job = training.Job(_named(context, target, for_target), out, options, resume)
     raise typer.Exit(training.fit(job, teacher, loss, console, errors))
 

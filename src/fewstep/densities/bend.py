@@ -6,6 +6,8 @@ a normal one's, and what is narrow around 0 becomes wide by as much.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -26,14 +28,14 @@ def straight(u: Tensor, b: Tensor) -> Tensor:
 
 def bend_slopes(y: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Return log dh/dy and its derivative in y, (N, d) each."""
-    return torch.logaddexp(b * y, -b * y) - torch.log(torch.full_like(b, 2.0)), b * torch.tanh(b * y)
+    return torch.logaddexp(b * y, -b * y) - math.log(2), b * torch.tanh(b * y)
 
 
 def bend_of(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return shift, scale and bend, (d,) each, of draws x, (N, d), of which coordinates have heavy tails and bend > 0.
 
     They have their median and quartiles at 0 and those of N(0, 1) then, and their outer percentiles at those of N(0, 1); others keep
-    mean 0 and standard deviation 1. Quantiles say nothing about weights of modes, which are no tails.
+    mean 0 and standard deviation 1. A small mode far out counts as a tail too; that makes coordinates odd, but loses no mass.
     """
     x = x.double()
     ranks = x.sort(0)[0]

@@ -64,8 +64,8 @@ class FitOptions:
 
 
 def options_for(teacher: Teacher, **overrides: Any) -> FitOptions:
-    """Return the options that `teacher` is trained by, with some of them replaced."""
-    return FitOptions(**{**teacher.training, **overrides})
+    """Return the options that `teacher` is trained by, with those of `overrides` replaced that are not None."""
+    return FitOptions(**{**teacher.training, **{name: value for name, value in overrides.items() if value is not None}})
 
 
 def fit(

@@ -112,7 +112,8 @@ class Matched(PathTeacher):
     """A denoiser of draws of replica exchange: no paths are simulated in training. See `PathTeacher`.
 
     The preset "narrow" is for targets some parts of which are much narrower than the whole, such as a funnel: it is trained down to
-    noise of 0.0015, without guides, which are enormous beside such a part, and has more of the draws that are rare.
+    noise of 0.0015, without guides, which are enormous beside such a part, and has more of the draws that are rare. It wants twice
+    the training of others.
 
     The draws find the modes; the weights of paths say what is wrong with the rest. Training then takes no calls of the target but
     one guide per item. Coordinates are those of the draws' mean and spread. Where chains change modes too seldom to know their
