@@ -224,3 +224,13 @@ def test_published_tables_say_what_can_be_compared():
 def test_what_cannot_be_run_is_refused(given, message):
     with pytest.raises(ValueError, match=message):
         run(None, **given)
+
+
+def test_distances_are_means_over_sets_each_beside_its_own(truth):
+    x = exact(0, 3 * 256 - 5)
+    parts = x.tensor_split(3)
+    found, distance = truth.distances(x), SMALL.distances()["SW"][0]
+    wanted = sum(distance(part, other[: len(part)]) for part, other in zip(parts, truth.sets, strict=False)) / 3
+    assert found["SW"] == pytest.approx(wanted) and truth.distances(x[:300])["SW"] == pytest.approx(
+        distance(x[:256], truth.sets[0])
+    )

@@ -18,7 +18,7 @@ from fewstep.objectives.denoising import DenoisingScoreMatching
 from fewstep.objectives.embeddings import Features, MeasuredPatches, Patches, marginals, measured
 from fewstep.objectives.energy import energy_score
 from fewstep.objectives.matching import DistributionMatching, fake_score
-from fewstep.objectives.perceptual import lpips_distance, lpips_features
+from fewstep.objectives.perceptual import drawn_features, lpips_distance, lpips_features
 from fewstep.objectives.ud2m import UD2M, Contest, Weights
 from fewstep.operators.matrix import MatrixOperator
 from fewstep.operators.words import get_operator
@@ -186,6 +186,15 @@ def test_lpips_of_other_ranges_is_refused(lpips_network):
     for wrong in (255 * torch.rand(1, 3, 32, 32), torch.rand(1, 1, 32, 32), torch.rand(3, 32, 32)):
         with pytest.raises(ValueError, match=r"in \[-1, 1\], got"):
             lpips_features(lpips_network, wrong)
+
+
+def test_a_drawn_pixel_far_out_is_clipped(lpips_network):
+    drawn = randn(1, 3, 32, 32).clamp(-1, 1)
+    drawn[0, 1, 3, 4] = 7.0
+    wanted = lpips_features(lpips_network, drawn.clamp(-2, 2))
+    for found in (drawn_features(lpips_network, drawn), Features(lpips_network)(drawn, FlatLikelihood((3, 32, 32), 1))):
+        for part, right in zip(found, wanted, strict=True):
+            assert torch.equal(part, right)
 
 
 # ---- the critic -------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from typing import Any, cast
 from rich.progress import track
 
 from fewstep.bench.common import Report
-from fewstep.bench.density_figures import PUBLISHED, Sizes, Truth
+from fewstep.bench.density_figures import PUBLISHED, SETS, Sizes, Truth
 from fewstep.bench.density_published import beside
 from fewstep.bench.density_runs import METHODS, Budget, Setup, Workshop, exchange_at, sequential_at
 from fewstep.bench.density_speed import speeds
@@ -32,9 +32,10 @@ from fewstep.densities.targets import target
 
 FILES = {"sonar": "sonar.csv", "ionosphere": "ionosphere.csv", "cox": "pines.csv"}
 NOTES = (
-    "draws: distances of the draws as they are, without weights, to exact ones of equal number; the row of exact draws is the mean "
-    "over pairs of exact sets of that number. W1, W2: exact transport; Sinkhorn: debiased and converged, squared cost; SW: sliced "
-    "2-Wasserstein; energy: over all pairs, a row with itself too, so that it is positive; KSD: where no exact draws exist.",
+    "draws: weights of all draws of a training together; distances of the draws as they are, without weights: the mean over "
+    f"{SETS} sets, each to its own of as many exact draws; in the row of exact draws they are exact too. W1, W2: exact transport; "
+    "Sinkhorn: debiased and converged, squared cost; SW: sliced 2-Wasserstein; energy: over all pairs, a row with itself too, so "
+    "that it is positive; KSD: where no exact draws exist.",
     f"{PUBLISHED}: as the published tables have it, and only to stand beside them.",
     "weights: unbiased, or none (no log Z can be had). ELBO: mean log w, at most log Z in expectation, left out where a map "
     "was seen to fold; EUBO: the same over exact draws, at least log Z. low, high: 95 % interval of log Z, without an upper end "
@@ -117,7 +118,7 @@ def main(  # noqa: PLR0913 - one parameter is one option
         distill_steps: optimiser steps of students.
         rows: trajectories that students learn from.
         polish: their last optimiser steps, on exact weights, which cost a Jacobian each; those of `CDDS` where it is None.
-        num_samples: draws that are measured, a multiple of 256.
+        num_samples: draws of a set, a multiple of 256; three sets of every training are measured.
         transported: rows of exact and debiased transport.
         published: rows of the published figure.
         speed: whether one step is timed against the teacher at 128 steps, and an iteration against its calls.
@@ -276,7 +277,7 @@ class Bench:
     def _rival(self, name: str, sample: Callable[..., Draws]) -> Callable[[Workshop], dict[str, Any]]:
         def row(shop: Workshop) -> dict[str, Any]:
             wanted = self._budget(shop, name).evaluations
-            found = sample(self.density, wanted, self.truth.sizes.most, shop.seed)
+            found = sample(self.density, wanted, self.truth.sizes.measured, shop.seed)
             used = Budget().drawing(found).evaluations
             even = found if found.kind is None else found.resample(seed=shop.seed)
             return costed(self.truth, found, even) | {"evaluations": used}
@@ -284,7 +285,7 @@ class Bench:
         return row
 
     def _draws(self, shop: Workshop, name: str, steps: int) -> Draws:
-        return shop.trained(name).sampler.sample(self.truth.sizes.most, steps, seed=shop.seed + 1)
+        return shop.trained(name).sampler.sample(self.truth.sizes.measured, steps, seed=shop.seed + 1)
 
     def _budget(self, shop: Workshop, name: str) -> Budget:
         return shop.trained(name).budget.drawing(self._draws(shop, name, 1))

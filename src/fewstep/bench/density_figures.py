@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from fewstep.metrics.transport import sinkhorn_divergence, wasserstein
 PUBLISHED = "papers' entropic W1, not converged"
 VERDICTS = ("yes", "open", "no")
 ABOVE, BELOW = "above log Z: no bound", "below log Z: no bound"
-_FLOORS = 3  # pairs of exact sets
+SETS = 3  # of draws, each beside its own exact one: the mode weights of one pair alone decide its distance
 _DENSE = 100  # dimensions up to which short chains see a covariance
 
 
@@ -61,12 +62,17 @@ class Sizes:
     Attributes:
         transport: exact and debiased transport.
         published: the published figure.
-        most: all others.
+        most: all others: of one set of draws.
     """
 
     transport: int = 1024
     published: int = 2500
     most: int = 4096
+
+    @property
+    def measured(self) -> int:
+        """Draws of all `SETS` sets together."""
+        return SETS * self.most
 
     def distances(self) -> dict[str, tuple[Callable[[Tensor, Tensor], float], int]]:
         """Return the distances by name, each with the number of rows it is taken of."""
@@ -105,8 +111,8 @@ class Truth:
 
     @cached_property
     def reference(self) -> Draws:
-        """The draws, 2 x `_FLOORS` sets of them, those of sequential Monte Carlo with their weights."""
-        n = 2 * _FLOORS * self.sizes.most
+        """The draws, 2 x `SETS` sets of them, those of sequential Monte Carlo with their weights."""
+        n = 2 * SETS * self.sizes.most
         if self.exact:
             return Draws(self.target.sample(Streams(mix(self.seed, 77), range(n))))
         if self.target.dim > _DENSE:
@@ -118,7 +124,7 @@ class Truth:
 
     @cached_property
     def sets(self) -> list[Tensor]:
-        """Sets of `sizes.most` draws each; figures are taken against the first."""
+        """Sets of `sizes.most` draws each."""
         some = self.reference if self.exact else self.reference.resample(seed=self.seed)
         return list(some.x.split(self.sizes.most))
 
@@ -137,12 +143,9 @@ class Truth:
         return (bounds.low, bounds.high) if bounds is not None else (-math.inf, math.inf)
 
     def floors(self) -> dict[str, Any]:
-        """Return the row of exact draws: the mean of every distance over pairs of sets of equal size."""
-        row: dict[str, Any] = {"log Z": self.log_z}
-        for name, (distance, n) in self.sizes.distances().items():
-            pairs = zip(self.sets[::2], self.sets[1::2], strict=True)
-            row[name] = sum(distance(a[:n], b[:n]) for a, b in pairs) / _FLOORS
-        return row | self.modes(self.sets[1])
+        """Return the row of exact draws: the second half of the sets beside the first."""
+        x = torch.cat(self.sets[SETS:])
+        return {"log Z": self.log_z} | self.apart(x) | self.modes(x)
 
     def figures(self, draws: Draws) -> dict[str, Any]:
         """Return what the weights of the draws say, and how far the draws as they are lie from the exact ones."""
@@ -197,16 +200,21 @@ class Truth:
         return {"EUBO": value if not value + 4 * error < self.known[0] else BELOW}
 
     def distances(self, x: Tensor) -> dict[str, Any]:
-        """Return the distances of x, (N, d), to the first set; rows that are not finite are left out, as many of both sets."""
-        row: dict[str, Any] = {}
+        """Return the distances of x, (N, d), to exact draws; rows that are not finite are left out, as many of both."""
         x = x[x.isfinite().all(1)].to(self.sets[0])
+        return self.apart(x) | self.modes(x) | ({} if self.exact else self._stein(x))
+
+    def apart(self, x: Tensor) -> dict[str, float | str]:
+        """Return the mean of every distance over the sets that x holds, `SETS` at most, each to its own exact one."""
+        row: dict[str, float | str] = {}
+        held = min(max(round(len(x) / self.sizes.most), 1), SETS)
+        pairs = list(zip(x.tensor_split(held), self.sets, strict=False))
         for name, (distance, n) in self.sizes.distances().items():
-            size = min(n, len(x))
             try:
-                row[name] = distance(x[:size], self.sets[0][:size])
+                row[name] = statistics.mean(distance(a[:n], b[: len(a[:n])]) for a, b in pairs)
             except ValueError as error:
                 row[name] = failed(error)
-        return row | self.modes(x) | ({} if self.exact else self._stein(x))
+        return row
 
     def modes(self, x: Tensor) -> dict[str, Any]:
         """Return the largest error of a mode's weight and how many modes have a tenth of theirs, where modes are known."""
@@ -222,7 +230,7 @@ class Truth:
     def corrected(self, sampler: Transport, seed: int) -> Draws:
         """Return the draws of sequential Monte Carlo in the noise that a one-step map starts from."""
         method = SequentialMonteCarlo(CrankNicolson(), self.sizes.most // 8, moves=3)
-        return smc_through(sampler, self.sizes.most, method=method, seed=seed)
+        return smc_through(sampler, self.sizes.measured, method=method, seed=seed)
 
     def _covered(self, low: float, high: float) -> str:
         """Return whether an interval and what is known of log Z share a point; one without an end that does says little: "open"."""

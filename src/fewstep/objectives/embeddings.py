@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from fewstep.core.batch import like
 from fewstep.core.likelihood import GaussianLikelihood, Likelihood
 from fewstep.core.together import Together
-from fewstep.objectives.perceptual import lpips_features
+from fewstep.objectives.perceptual import drawn_features
 
 Embedding = Callable[[Tensor, Likelihood], list[Tensor]]
 
@@ -113,5 +113,5 @@ class Features:
     network: nn.Module
 
     def __call__(self, x: Tensor, likelihood: Likelihood) -> list[Tensor]:
-        """See `Embedding`; x is (N, 3, H, W) in [-1, 1]."""
-        return lpips_features(self.network, x)
+        """See `Embedding`; x is (N, 3, H, W) in [-1, 1], and clipped far beyond, where the draws of a network may be."""
+        return drawn_features(self.network, x)

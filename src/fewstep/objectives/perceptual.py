@@ -9,7 +9,12 @@ from torch import Tensor, nn
 
 from fewstep.core.batch import item_dot
 
-RANGE = 2.0  # images in [-1, 1]; what a network gives may leave it a little, never by this much
+RANGE = 2.0  # images in [-1, 1] may leave it a little, never by this much
+
+
+def drawn_features(network: nn.Module, x: Tensor) -> list[Tensor]:
+    """Return `lpips_features` of what a network drew, (N, 3, H, W): while it learns single pixels are far out, and are clipped."""
+    return lpips_features(network, x.clamp(-RANGE, RANGE))
 
 
 def lpips_features(network: nn.Module, x: Tensor) -> list[Tensor]:

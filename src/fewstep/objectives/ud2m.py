@@ -32,7 +32,7 @@ from fewstep.objectives.adversarial import fake_loss, generator_loss, real_loss
 from fewstep.objectives.embeddings import Embedding
 from fewstep.objectives.energy import energy_score
 from fewstep.objectives.matching import DistributionMatching
-from fewstep.objectives.perceptual import lpips_distance, lpips_features
+from fewstep.objectives.perceptual import drawn_features, lpips_distance, lpips_features
 from fewstep.unfolded.starts import Given, gaussian
 
 
@@ -215,7 +215,7 @@ def _perceptual(o: UD2M, turn: Turn) -> Tensor:
     assert o.lpips is not None
     with torch.no_grad():
         truth = [repeat(part, turn.per_item) for part in lpips_features(o.lpips, turn.x0)]
-    return lpips_distance(lpips_features(o.lpips, turn.draws), truth)
+    return lpips_distance(drawn_features(o.lpips, turn.draws), truth)
 
 
 def _noise(o: UD2M, turn: Turn) -> Tensor:
