@@ -86,6 +86,14 @@ def test_variants_name_presets():
     assert [v.preset for v in common.variants(["latino:consistent"])] == ["consistent"]
     with pytest.raises(ValueError, match="no preset"):
         list(common.variants(["latino:nonsense"]))
+    (own,) = common.variants(["ud2m:consistent:iterations=2:eta=0.5"], [7])
+    assert own.preset == "consistent:iterations=2:eta=0.5" and own.sampler.nfe == 6
+    assert own.sampler == get("ud2m").preset("consistent", iterations=2, eta=0.5, steps=3)
+    (bare,) = common.variants(["diffpir:steps=3"], every_preset=False)
+    assert bare.sampler == get("diffpir").preset(next(iter(get("diffpir").presets)), steps=3)
+    for wrong in ("latino:photo:nonsense=1", "latino:photo:steps=many"):
+        with pytest.raises(ValueError, match="method latino"):
+            list(common.variants([wrong]))
     with pytest.raises(ValueError, match="unknown method"):
         list(common.variants(["nonsense"]))
 

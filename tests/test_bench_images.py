@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -189,7 +190,7 @@ def test_random_sensing_has_orthonormal_rows():
 
 @pytest.mark.parametrize(("budget", "steps"), [(1, None), (2, None), (3, 1), (4, 1), (9, 3), (16, 5)])
 def test_budgets_of_an_unfolded_network_are_multiples_of_its_iterations(budget, steps):
-    found = within(UD2M, "consistent", budget)
+    found = within(partial(UD2M.preset, "consistent"), budget)
     assert (found and found.steps) == steps and (found is None or found.nfe == 3 * steps)
 
 

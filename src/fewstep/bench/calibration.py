@@ -102,7 +102,7 @@ def main(  # noqa: PLR0913 - one parameter is one option
         calibration: folder of photographs to calibrate on: the last in sorted order, those held out from training, are taken.
         folder: of photographs on which coverage is measured.
         out: path of the JSON file; finished rows go to the .jsonl beside it at once.
-        methods: "name" or "name:preset".
+        methods: entries of `common.variants`.
         steps: NFE budgets; methods as published where absent.
         tasks: names for `named_tasks`.
         fitted: the most photographs of calibration.

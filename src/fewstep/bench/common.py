@@ -8,9 +8,10 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -22,6 +23,7 @@ from rich.text import Text
 from fewstep.core.files import library_version, write_bytes
 from fewstep.core.registry import available, get
 from fewstep.core.sampler import Sampler
+from fewstep.options import assignments, typed_fields
 
 FORMAT = "fewstep.bench"
 WIDTH = 240  # columns of what is printed to a file
@@ -84,39 +86,49 @@ def variants(
     """Yield presets of methods as published, or once per budget with as many steps as its NFE allows.
 
     Args:
-        methods: "name" or "name:preset"; all that are available where absent.
+        methods: "name" or "name:preset", with fields of the method behind it as in "ud2m:photo:network=runs/own"; all that are
+            available where absent.
         budgets: network calls per sample.
         every_preset: whether a bare name stands for all presets or for the first alone.
         kind: "methods" or "solvers".
+
+    Raises:
+        ValueError: an unknown method, preset or field, or a value that is not of its type.
     """
     for entry in available(kind) if methods is None else methods:
-        name, _, chosen = entry.partition(":")
-        method = get(name, kind)
-        presets = [chosen] if chosen else list(method.presets)[: None if every_preset else 1]
-        for preset in presets:
+        name, *rest = entry.split(":")
+        method, chosen = get(name, kind), [word for word in rest if "=" not in word]
+        given = typed_fields(method, assignments(word for word in rest if "=" in word), f"method {name}")
+        for preset in chosen or list(method.presets)[: None if every_preset else 1]:
+            label = ":".join([preset, *(f"{field}={value}" for field, value in given.items())])
             for budget in budgets or (None,):
-                sampler = method.preset(preset) if budget is None else within(method, preset, budget)
+                make = partial(method.preset, preset, **given)
+                sampler = make() if budget is None else within(make, budget)
                 if sampler is not None:
-                    yield Variant(name, preset, sampler)
+                    yield Variant(name, label, sampler)
 
 
-def within(method: type[Sampler], preset: str, budget: int) -> Sampler | None:
-    """Return the preset with the most steps that make at most `budget` network calls, None where not even one fits.
+def within(make: Callable[..., Sampler], budget: int) -> Sampler | None:
+    """Return the sampler with the most steps that make at most `budget` network calls, None where not even one fits.
 
-    A preset that makes no network calls, or that has no field `steps`, is returned as it is.
+    One that makes no network calls, or that has no field `steps`, is returned as it is.
+
+    Args:
+        make: gives it with `steps` as an argument, or as published.
+        budget: of network calls per sample.
     """
-    published = method.preset(preset)
+    published = make()
     names: set[str] = {f.name for f in fields(published)} if is_dataclass(published) else set()
     if "steps" not in names or published.nfe == 0:
         return published
     low, high = 0, budget
     while low < high:
         middle = (low + high + 1) // 2
-        if method.preset(preset, steps=middle).nfe <= budget:
+        if make(steps=middle).nfe <= budget:
             low = middle
         else:
             high = middle - 1
-    return method.preset(preset, steps=low) if low else None
+    return make(steps=low) if low else None
 
 
 def describe(variant: Variant) -> dict[str, Any]:

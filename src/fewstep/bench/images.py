@@ -109,7 +109,8 @@ def main(  # noqa: PLR0913 - one parameter is one option
     Args:
         folder: of photographs.
         out: path of the JSON file; finished rows go to the .jsonl beside it at once.
-        methods: "name" for its first preset or "name:preset"; all methods where absent.
+        methods: "name" for its first preset, "name:preset", or with fields behind it, "ud2m:photo:network=runs/own/sampler" say;
+            all methods where absent.
         tasks: names for `named_tasks`, those of the main table where absent.
         sigma: noise level in [0, 1] units in place of that of each task.
         limit: the most images.

@@ -273,7 +273,7 @@ def _with_budget(name: str, steps: int) -> Sampler:
     """Return the method's first preset at about `steps` network calls; one step where that takes more."""
     method = get(name)
     first = next(iter(method.presets))
-    return within(method, first, steps) or method.preset(first, steps=1)
+    return within(partial(method.preset, first), steps) or method.preset(first, steps=1)
 
 
 def _ignore(done: int, total: int, state: Any) -> None:
