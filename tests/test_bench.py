@@ -91,6 +91,10 @@ def test_variants_name_presets():
     assert own.sampler == get("ud2m").preset("consistent", iterations=2, eta=0.5, steps=3)
     (bare,) = common.variants(["diffpir:steps=3"], every_preset=False)
     assert bare.sampler == get("diffpir").preset(next(iter(get("diffpir").presets)), steps=3)
+    with pytest.raises(ValueError, match="no preset 'photo:consistent'"):
+        list(common.variants(["latino:photo:consistent"]))
+    with pytest.raises(ValueError, match="the budget sets the steps"):
+        list(common.variants(["latino:photo:steps=3"], [20]))
     for wrong in ("latino:photo:nonsense=1", "latino:photo:steps=many"):
         with pytest.raises(ValueError, match="method latino"):
             list(common.variants([wrong]))

@@ -195,6 +195,8 @@ def test_a_drawn_pixel_far_out_is_clipped(lpips_network):
     for found in (drawn_features(lpips_network, drawn), Features(lpips_network)(drawn, FlatLikelihood((3, 32, 32), 1))):
         for part, right in zip(found, wanted, strict=True):
             assert torch.equal(part, right)
+    with pytest.raises(ValueError, match=r"in \[-1, 1\], got"):
+        Features(lpips_network)(255 * torch.rand(1, 3, 32, 32), FlatLikelihood((3, 32, 32), 1))
 
 
 # ---- the critic -------------------------------------------------------------------------------------------------------

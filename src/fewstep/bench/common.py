@@ -93,13 +93,15 @@ def variants(
         kind: "methods" or "solvers".
 
     Raises:
-        ValueError: an unknown method, preset or field, or a value that is not of its type.
+        ValueError: an unknown method, preset or field, a value that is not of its type, or steps beside a budget, which sets them.
     """
     for entry in available(kind) if methods is None else methods:
         name, *rest = entry.split(":")
-        method, chosen = get(name, kind), [word for word in rest if "=" not in word]
+        method, chosen = get(name, kind), ":".join(word for word in rest if "=" not in word)
         given = typed_fields(method, assignments(word for word in rest if "=" in word), f"method {name}")
-        for preset in chosen or list(method.presets)[: None if every_preset else 1]:
+        if budgets and "steps" in given:
+            raise ValueError(f"{entry}: the budget sets the steps")
+        for preset in [chosen] if chosen else list(method.presets)[: None if every_preset else 1]:
             label = ":".join([preset, *(f"{field}={value}" for field, value in given.items())])
             for budget in budgets or (None,):
                 make = partial(method.preset, preset, **given)

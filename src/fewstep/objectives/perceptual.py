@@ -13,8 +13,13 @@ RANGE = 2.0  # images in [-1, 1] may leave it a little, never by this much
 
 
 def drawn_features(network: nn.Module, x: Tensor) -> list[Tensor]:
-    """Return `lpips_features` of what a network drew, (N, 3, H, W): while it learns single pixels are far out, and are clipped."""
-    return lpips_features(network, x.clamp(-RANGE, RANGE))
+    """Return `lpips_features` of what a network drew, (N, 3, H, W): while it learns single pixels are far out, and are clipped.
+
+    Raises:
+        ValueError: as there; also where more than half of the pixels are far out, as in images of [0, 255].
+    """
+    far = x.detach().abs() > RANGE
+    return lpips_features(network, x if far.float().mean() > 0.5 else x.clamp(-RANGE, RANGE))
 
 
 def lpips_features(network: nn.Module, x: Tensor) -> list[Tensor]:
