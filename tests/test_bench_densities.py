@@ -216,6 +216,7 @@ def test_published_tables_say_what_can_be_compared():
         ({"methods": ("disk",)}, "choose some of"),
         ({"seeds": 0}, "needs a seed"),
         ({"num_samples": 100}, "multiple of 256"),
+        ({"sets": 0}, "a set of draws"),
         ({"repeats": -1}, "repeats"),
         ({"targets": ("sonar",)}, "--data"),
         ({"targets": ("funel",)}, "funnel"),

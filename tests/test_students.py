@@ -15,7 +15,6 @@ from fewstep.densities.distill import better
 from fewstep.densities.estimators.jacobian import determinant
 from fewstep.densities.grids import times_of
 from fewstep.densities.students._maps import (
-    ACTIVATIONS,
     MAPS,
     EDMMap,
     MapConfig,
@@ -31,14 +30,6 @@ from fewstep.densities.students.cdds import CDDS, FlowRegression, Followed, Self
 from fewstep.densities.whitened import Whitened
 from fewstep.priors.exact import GaussianPrior, MixturePrior
 from laws import GAUSSIAN, SCHEDULE, Affine, ExactMap, Law, wide
-
-
-def test_the_quick_tanh_is_tanh_with_its_slope():
-    x = torch.linspace(-30, 30, 6001, dtype=torch.float64, requires_grad=True)
-    ours, theirs = ACTIVATIONS["tanh"](x), torch.tanh(x)
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-14)
-    slopes = (torch.autograd.grad(y.sum(), x)[0] for y in (ours, theirs))
-    torch.testing.assert_close(*slopes, rtol=0, atol=1e-14)
 
 
 def pairs(steps, every=1):

@@ -31,7 +31,7 @@ from fewstep.metrics.transport import sinkhorn_divergence, wasserstein
 PUBLISHED = "papers' entropic W1, not converged"
 VERDICTS = ("yes", "open", "no")
 ABOVE, BELOW = "above log Z: no bound", "below log Z: no bound"
-SETS = 3  # of draws, each beside its own exact one: the mode weights of one pair alone decide its distance
+_COSTLY = 3  # sets of draws at most for the published figure, which takes longer than all distances
 _DENSE = 100  # dimensions up to which short chains see a covariance
 
 
@@ -63,26 +63,28 @@ class Sizes:
         transport: exact and debiased transport.
         published: the published figure.
         most: all others: of one set of draws.
+        sets: of draws, each beside its own exact one: the mode weights of one pair alone decide its distance.
     """
 
     transport: int = 1024
     published: int = 2500
     most: int = 4096
+    sets: int = 3
 
     @property
     def measured(self) -> int:
-        """Draws of all `SETS` sets together."""
-        return SETS * self.most
+        """Draws of all sets together."""
+        return self.sets * self.most
 
-    def distances(self) -> dict[str, tuple[Callable[[Tensor, Tensor], float], int]]:
-        """Return the distances by name, each with the number of rows it is taken of."""
+    def distances(self) -> dict[str, tuple[Callable[[Tensor, Tensor], float], int, int]]:
+        """Return the distances by name, each with the number of rows it is taken of and of sets."""
         return {
-            "W1": (lambda a, b: wasserstein(a, b, 1), self.transport),
-            "W2": (lambda a, b: wasserstein(a, b, 2), self.transport),
-            "Sinkhorn": (sinkhorn_divergence, self.transport),
-            "SW": (sliced_wasserstein, self.most),
-            "energy x 1000": (lambda a, b: 1000 * energy(a, b), self.most),
-            PUBLISHED: (unconverged_sinkhorn, self.published),
+            "W1": (lambda a, b: wasserstein(a, b, 1), self.transport, self.sets),
+            "W2": (lambda a, b: wasserstein(a, b, 2), self.transport, self.sets),
+            "Sinkhorn": (sinkhorn_divergence, self.transport, self.sets),
+            "SW": (sliced_wasserstein, self.most, self.sets),
+            "energy x 1000": (lambda a, b: 1000 * energy(a, b), self.most, self.sets),
+            PUBLISHED: (unconverged_sinkhorn, self.published, min(_COSTLY, self.sets)),
         }
 
 
@@ -111,8 +113,8 @@ class Truth:
 
     @cached_property
     def reference(self) -> Draws:
-        """The draws, 2 x `SETS` sets of them, those of sequential Monte Carlo with their weights."""
-        n = 2 * SETS * self.sizes.most
+        """The draws, 2 x `sizes.sets` sets of them, those of sequential Monte Carlo with their weights."""
+        n = 2 * self.sizes.measured
         if self.exact:
             return Draws(self.target.sample(Streams(mix(self.seed, 77), range(n))))
         if self.target.dim > _DENSE:
@@ -144,7 +146,7 @@ class Truth:
 
     def floors(self) -> dict[str, Any]:
         """Return the row of exact draws: the second half of the sets beside the first."""
-        x = torch.cat(self.sets[SETS:])
+        x = torch.cat(self.sets[self.sizes.sets :])
         return {"log Z": self.log_z} | self.apart(x) | self.modes(x)
 
     def figures(self, draws: Draws) -> dict[str, Any]:
@@ -205,13 +207,13 @@ class Truth:
         return self.apart(x) | self.modes(x) | ({} if self.exact else self._stein(x))
 
     def apart(self, x: Tensor) -> dict[str, float | str]:
-        """Return the mean of every distance over the sets that x holds, `SETS` at most, each to its own exact one."""
+        """Return the mean of every distance over the sets that x holds, each to its own exact one."""
         row: dict[str, float | str] = {}
-        held = min(max(round(len(x) / self.sizes.most), 1), SETS)
+        held = min(max(round(len(x) / self.sizes.most), 1), self.sizes.sets)
         pairs = list(zip(x.tensor_split(held), self.sets, strict=False))
-        for name, (distance, n) in self.sizes.distances().items():
+        for name, (distance, n, sets) in self.sizes.distances().items():
             try:
-                row[name] = statistics.mean(distance(a[:n], b[: len(a[:n])]) for a, b in pairs)
+                row[name] = statistics.mean(distance(a[:n], b[: len(a[:n])]) for a, b in pairs[:sets])
             except ValueError as error:
                 row[name] = failed(error)
         return row
