@@ -120,7 +120,7 @@ def main(  # noqa: PLR0913 - one parameter is one option
         rows: trajectories that students learn from.
         polish: their last optimiser steps, on exact weights, which cost a Jacobian each; those of `CDDS` where it is None.
         num_samples: draws of a set, a multiple of 256.
-        sets: of draws of a training, each beside its own exact one; the published figure is of three at most.
+        sets: of draws of a training, each beside its own exact one.
         transported: rows of exact and debiased transport.
         published: rows of the published figure.
         speed: whether one step is timed against the teacher at 128 steps, and an iteration against its calls.

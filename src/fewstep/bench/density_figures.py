@@ -31,7 +31,6 @@ from fewstep.metrics.transport import sinkhorn_divergence, wasserstein
 PUBLISHED = "papers' entropic W1, not converged"
 VERDICTS = ("yes", "open", "no")
 ABOVE, BELOW = "above log Z: no bound", "below log Z: no bound"
-_COSTLY = 3  # sets of draws at most for the published figure, which takes longer than all distances
 _DENSE = 100  # dimensions up to which short chains see a covariance
 
 
@@ -50,9 +49,15 @@ def unconverged_sinkhorn(a: Tensor, b: Tensor) -> float:
     cost = torch.cdist(a.float(), b.float())
     scaled, rows, columns = cost / -1e-3, cost.new_zeros(len(a)), cost.new_zeros(len(b))
     for _ in range(100):
-        rows = -math.log(len(a)) - (scaled + columns).logsumexp(1)
-        columns = -math.log(len(b)) - (scaled + rows[:, None]).logsumexp(0)
+        rows = -math.log(len(a)) - _log_sum_exp(scaled + columns, 1)
+        columns = -math.log(len(b)) - _log_sum_exp(scaled + rows[:, None], 0)
     return float(((scaled + rows[:, None] + columns).exp() * cost).sum())
+
+
+def _log_sum_exp(x: Tensor, dim: int) -> Tensor:
+    """Return x.logsumexp(dim), ten times faster where most terms underflow, which takes the slow path of exp."""
+    top = x.amax(dim, keepdim=True)
+    return ((x - top).clamp_min(-80.0).exp().sum(dim, keepdim=True).log() + top).squeeze(dim)
 
 
 @dataclass(frozen=True)
@@ -76,15 +81,15 @@ class Sizes:
         """Draws of all sets together."""
         return self.sets * self.most
 
-    def distances(self) -> dict[str, tuple[Callable[[Tensor, Tensor], float], int, int]]:
-        """Return the distances by name, each with the number of rows it is taken of and of sets."""
+    def distances(self) -> dict[str, tuple[Callable[[Tensor, Tensor], float], int]]:
+        """Return the distances by name, each with the number of rows it is taken of."""
         return {
-            "W1": (lambda a, b: wasserstein(a, b, 1), self.transport, self.sets),
-            "W2": (lambda a, b: wasserstein(a, b, 2), self.transport, self.sets),
-            "Sinkhorn": (sinkhorn_divergence, self.transport, self.sets),
-            "SW": (sliced_wasserstein, self.most, self.sets),
-            "energy x 1000": (lambda a, b: 1000 * energy(a, b), self.most, self.sets),
-            PUBLISHED: (unconverged_sinkhorn, self.published, min(_COSTLY, self.sets)),
+            "W1": (lambda a, b: wasserstein(a, b, 1), self.transport),
+            "W2": (lambda a, b: wasserstein(a, b, 2), self.transport),
+            "Sinkhorn": (sinkhorn_divergence, self.transport),
+            "SW": (sliced_wasserstein, self.most),
+            "energy x 1000": (lambda a, b: 1000 * energy(a, b), self.most),
+            PUBLISHED: (unconverged_sinkhorn, self.published),
         }
 
 
@@ -211,9 +216,9 @@ class Truth:
         row: dict[str, float | str] = {}
         held = min(max(round(len(x) / self.sizes.most), 1), self.sizes.sets)
         pairs = list(zip(x.tensor_split(held), self.sets, strict=False))
-        for name, (distance, n, sets) in self.sizes.distances().items():
+        for name, (distance, n) in self.sizes.distances().items():
             try:
-                row[name] = statistics.mean(distance(a[:n], b[: len(a[:n])]) for a, b in pairs[:sets])
+                row[name] = statistics.mean(distance(a[:n], b[: len(a[:n])]) for a, b in pairs)
             except ValueError as error:
                 row[name] = failed(error)
         return row
