@@ -223,6 +223,25 @@ def test_a_gate_scales_what_the_network_adds_and_nothing_else():
         assert torch.allclose(found - y * slope, factor * (first - y * slope), rtol=1e-4, atol=2e-5)
 
 
+def test_draws_from_further_out_see_what_is_thin_there_and_nothing_where_weights_are_equal():
+    near, far = (Polish(Whitened(Law(GAUSSIAN)), wide=wide) for wide in (1.0, 1.5))
+    exact = Affine(torch.linalg.cholesky(GAUSSIAN.cov), GAUSSIAN.mean)
+
+    class Thin(Affine):
+        """Draws beyond 2.5 deviations of a coordinate are drawn to it by half: too few lie further out."""
+
+        def forward(self, y, t, s):
+            inside = y.clamp(-2.5, 2.5)
+            return super().forward((y + inside) / 2, t, s)
+
+    thin = Thin(exact.matrix, exact.shift)
+    same, seen, more = (
+        float(loss._on_weights(flow_map, 1, Streams(0, range(4096)))[0])
+        for loss, flow_map in ((far, exact), (near, thin), (far, thin))
+    )
+    assert abs(same) < 1e-5 and more > 3 * seen > 0.01
+
+
 def test_determinants_of_polishing_are_the_exact_ones():
     with torch.random.fork_rng():
         torch.manual_seed(0)

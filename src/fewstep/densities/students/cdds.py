@@ -134,8 +134,10 @@ class CDDS(Presets):
         refresh: steps that they serve.
         warm: whether the network starts from the teacher's where names and shapes agree.
         apart: of neighbouring trajectories, see `Trajectories`.
-        polish: optimiser steps on the exact weights of one, two and four steps that follow, see `_polish`; of maps that jump,
-            in up to 64 dimensions.
+        polish: optimiser steps on the exact weights of few steps that follow, see `_polish`; of maps that jump, in up to 64
+            dimensions.
+        counts: these few, by turns.
+        wide: see `Polish`.
     """
 
     map: str = "scaled"
@@ -151,6 +153,8 @@ class CDDS(Presets):
     warm: bool = False
     apart: float = 0.02
     polish: int = 3000
+    counts: tuple[int, ...] = (1, 2, 1, 4)
+    wide: float = 1.0
 
     reference: ClassVar[Reference] = Reference(
         "Consistent Diffusion Samplers: One-Step Samples of Unnormalised Densities",
@@ -174,7 +178,8 @@ class CDDS(Presets):
             "map": "gated",
             "grid": "angle_squared",
             "objective": FlowRegression(relative=1.0),
-            "polish": 1000,
+            "counts": (1, 4, 2, 4),
+            "wide": 1.3,
         },
         "averaged": {"objective": SelfConsistency(huber=0.01, decay=0.95), "direct": 0.0, "apart": 0.0, "polish": 0},
     }
@@ -199,7 +204,7 @@ class CDDS(Presets):
     def polished(self, sampler: MapSampler) -> Polish | None:
         """Return the loss of the last steps, or None: without `polish`, of a map that does not jump, and in high dimension."""
         suits = self.polish and not sampler.renoise and sampler.target.dim <= _WIDEST
-        return Polish(sampler.whitened, sampler.grid, regression=self.objective) if suits else None
+        return Polish(sampler.whitened, sampler.grid, self.counts, self.wide, self.objective) if suits else None
 
     def sampler(self, whitened: Whitened, model: nn.Module) -> MapSampler:
         """Return the sampler with the weights of a trained `model`."""
