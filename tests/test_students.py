@@ -421,6 +421,9 @@ def test_what_cannot_be_distilled_is_refused():
         fewstep.distill(MapSampler(Whitened(Law(GAUSSIAN)), wide()))
     with pytest.raises(ValueError, match="preset"):
         CDDS.preset("papers")
+    for wrong in ({"counts": ()}, {"counts": (1, 0)}, {"wide": 0.5}, {"wide": math.nan}):
+        with pytest.raises(ValueError, match="counts of 1 and more"):
+            CDDS(**wrong)
     with pytest.raises(ValueError, match="renoise"):
         MapSampler(Whitened(Law(GAUSSIAN)), EDMMap(SCHEDULE, Law(GAUSSIAN)))
 

@@ -137,7 +137,7 @@ class CDDS(Presets):
         polish: optimiser steps on the exact weights of few steps that follow, see `_polish`; of maps that jump, in up to 64
             dimensions.
         counts: these few, by turns.
-        wide: see `Polish`.
+        wide: standard deviation of the noise that half of their draws start from; beyond 1 they meet weights that tower.
     """
 
     map: str = "scaled"
@@ -183,6 +183,10 @@ class CDDS(Presets):
         },
         "averaged": {"objective": SelfConsistency(huber=0.01, decay=0.95), "direct": 0.0, "apart": 0.0, "polish": 0},
     }
+
+    def __post_init__(self) -> None:
+        if not self.counts or min(self.counts) < 1 or not self.wide >= 1:
+            raise ValueError(f"needs counts of 1 and more and a wide of 1 or more, got {self.counts} and {self.wide}")
 
     def model(self, denoiser: Denoiser, whitened: Whitened) -> Followed:
         """Return what is trained, for a teacher as `ready` gives it; takes its initial weights from the global generator."""
