@@ -5,10 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fewstep.core.problem import Posterior
+from fewstep.core.together import noise_level
 from fewstep.operators.image import deepinv_physics, from_unit
 from fewstep.operators.matrix import MatrixOperator
 from fewstep.operators.poisson import PoissonLikelihood, bracketed_newton
+from fewstep.priors.unet import UNetConfig, UNetDenoiser
 from fewstep.testing.likelihood import check_likelihood, check_prox
+from fewstep.unfolded.decoders import PriorDecoder
+from fewstep.unfolded.network import UnfoldedConfig, UnfoldedNetwork
+from fewstep.unfolded.sampler import Unfolded
 
 P = deepinv_physics()
 F64 = torch.float64
@@ -127,6 +133,41 @@ def test_it_is_finite_smooth_and_convex_everywhere():
     assert bool(torch.isfinite(log).all() and torch.isfinite(score).all())
     assert bool((score.diff() <= 1e-9).all())
     check_prox(likelihood)
+
+
+@pytest.mark.parametrize("name", ["identity", "blur"])
+def test_without_photons_the_image_is_black_and_not_below(name):
+    """-log p = r alone would take the prox as far below black as rho lets it: by rho^2 / (2 gain), here 25."""
+    y = torch.zeros(1, 1, 6, 7, dtype=F64)
+    likelihood = PoissonLikelihood(y, OPERATORS[name](), 1 / 50)
+    x = likelihood.prox(rand(1, 1, 6, 7) - 1, 1.0)
+    assert float((likelihood.rate(x)).abs().max()) < 0.01
+    black = torch.full_like(x, -1.0)
+    assert float(likelihood.log_prob(black)) > float(likelihood.log_prob(black - 0.1))
+    assert float(likelihood.score(black - 0.1).min()) > 0
+    check_prox(likelihood)
+
+
+def test_its_noise_level_is_what_it_does_to_the_image():
+    """In units of x, whatever the read-out noise; an image without a photon is told to be noisy, not certain."""
+    gain, read_out, u = 0.02, 0.03, torch.full((1, 1, 200, 200), 0.4, dtype=F64)
+    y = counts(u, P.Denoising(), gain)
+    for sigma in (0.0, read_out):
+        noisy = y + sigma * torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=F64)
+        level = float(noise_level(PoissonLikelihood(noisy.clamp_min(0), P.Denoising(), gain, sigma=sigma)))
+        assert level == pytest.approx(2 * float((noisy - u).std()), rel=0.04)
+    assert float(noise_level(PoissonLikelihood(0 * y, P.Denoising(), gain))) == pytest.approx(2 * gain)
+
+
+def test_trained_samplers_take_dark_photographs():
+    """Many pixels have no photon, and there is no read-out noise whose logarithm a network could be told."""
+    prior = UNetDenoiser(UNetConfig(widths=(8, 8), layers=1, groups=4)).eval()
+    u = 0.02 * rand(1, 3, 16, 16).float()
+    y = counts(u, P.Denoising(), 0.02)
+    assert float((y == 0).double().mean()) > 0.3
+    sampler = Unfolded(UnfoldedNetwork(UnfoldedConfig(), PriorDecoder()).eval(), steps=2)
+    x = sampler(Posterior(prior, PoissonLikelihood(y, P.Denoising(), 0.02)), num_samples=2, seed=0).x
+    assert float(x.abs().max()) < 3
 
 
 def test_background_scale_and_single_precision():

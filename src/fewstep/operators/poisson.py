@@ -4,9 +4,9 @@ The rate in photons is an affine map of the prior's x. Photon and read-out noise
 (Snyder et al. 1995): y / gain + s is taken as Poisson with rate + s, s = (sigma / gain)^2, which has the right mean and
 variance. Without read-out noise s = 0 and the model is exact.
 
--log p = r - n log r is convex but defined for positive rates r only. Below a floor of a hundredth of a photon it is continued
-by its second-order expansion, which keeps value, slope and curvature continuous: every method may ask at every x. Where n = 0
-it is r for rates of either sign.
+-log p = r - n log r is convex but defined for positive rates r only. Below a floor of at most a hundredth of a photon it is
+continued by its second-order expansion: every method may ask at every x. To this max(f - r, 0)^2 / (2 f) is added, f a hundredth,
+which has its least sum with r at r = 0: pixels without photons are dark, not as far below black as a prox would let them go.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ class PoissonLikelihood(Likelihood):
 
     The prox is computed pixel by pixel for identity and masks, by Newton's method kept inside a bracket; for other
     operators by Newton's method with a line search, each step solved by conjugate gradients. "draw" is not provided: the
-    product with a Gaussian is not a known law.
+    product with a Gaussian is not a known law. `sigma` of the likelihood, (B,), is the root mean square of all noise in units of
+    x, which a learned sampler is told; it enters no formula here.
 
     Args:
         y: measurements, (B, *measurement), in the units of the image: gain times a count of photons.
@@ -63,18 +64,20 @@ class PoissonLikelihood(Likelihood):
     ) -> None:
         if not bool(torch.isfinite(y).all()):
             raise ValueError("the measurement holds NaN or infinite values")
-        gain, sigma = (torch.as_tensor(a, dtype=y.dtype, device=y.device) for a in (gain, sigma))
-        _check(y, gain, sigma, background)
+        gain, read_out = (torch.as_tensor(a, dtype=y.dtype, device=y.device) for a in (gain, sigma))
+        _check(y, gain, read_out, background)
         self.y, self.physics, self.background = y, physics, background
-        self.gain, self.sigma = gain.expand(y.shape[0]), sigma.expand(y.shape[0])
+        self.gain, read_out = gain.expand(y.shape[0]), read_out.expand(y.shape[0])
         self.scale = 0.5 if unit else 1.0
+        brightness = y.clamp_min(0).flatten(1).mean(1) + self.gain  # a photon more than was seen: none is no certainty
+        self.sigma = (self.gain * brightness + read_out**2).sqrt() / self.scale
         self.tol = torch.finfo(y.dtype).eps ** 0.7
         self.max_iter, self.batch, self.counts = max_iter, y.shape[0], Counts()
         back = fitting_adjoint(physics, y)
         check_filter(physics, back)
         self.event_shape, self.dtype, self.device = back.shape[1:], back.dtype, back.device
         self.provides = frozenset({"gradient", "prox"})
-        shift = like((self.sigma / self.gain) ** 2, y)
+        shift = like((read_out / self.gain) ** 2, y)
         self.photons = (y / like(self.gain, y) + shift).clamp_min(0)
         constant = self.scale * physics.A(torch.ones_like(back)) * float(unit) + background
         self.offset = constant / like(self.gain, y) + shift
@@ -221,20 +224,22 @@ def _floor(photons: Tensor) -> Tensor:
 
 
 def _cost(rate: Tensor, photons: Tensor) -> Tensor:
-    """Return r - n log r, continued to second order below the floor."""
+    """Return r - n log r, continued to second order below the floor, and what keeps rates from being negative."""
     floor = _floor(photons)
     below = (rate - floor).clamp_max(0) / floor
-    return rate - photons * (rate.clamp_min(floor).log() + below - below**2 / 2)
+    dark = (_FLOOR - rate).clamp_min(0) ** 2 / (2 * _FLOOR)
+    return rate - photons * (rate.clamp_min(floor).log() + below - below**2 / 2) + dark
 
 
 def _slope(rate: Tensor, photons: Tensor) -> Tensor:
     floor = _floor(photons)
     below = (rate - floor).clamp_max(0) / floor
-    return 1 - photons * torch.where(rate > floor, 1 / rate.clamp_min(floor), (1 - below) / floor)
+    dark = (_FLOOR - rate).clamp_min(0) / _FLOOR
+    return 1 - photons * torch.where(rate > floor, 1 / rate.clamp_min(floor), (1 - below) / floor) - dark
 
 
 def _curvature(rate: Tensor, photons: Tensor) -> Tensor:
-    return photons / rate.clamp_min(_floor(photons)) ** 2
+    return photons / rate.clamp_min(_floor(photons)) ** 2 + (rate < _FLOOR) / _FLOOR
 
 
 def _check(y: Tensor, gain: Tensor, sigma: Tensor, background: float) -> None:
