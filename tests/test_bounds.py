@@ -338,6 +338,10 @@ def test_laplace_finds_the_mode_and_its_weights_are_unbiased():
 def test_laplace_says_where_there_is_no_mode():
     with pytest.raises(ValueError, match="no mode was found"):
         laplace(as_target(lambda x: x.sum(1), 2, check=False), iterations=10)
+    with pytest.raises(ValueError, match="not finite where its mode"):
+        laplace(as_target(lambda x: (x**2).sum(1).log() - (x**2).sum(1), 2, check=False))
+    with pytest.raises(ValueError, match="no finite second derivative"):
+        laplace(as_target(lambda x: -(x.abs() ** 1.5).sum(1), 2, check=False))
     with pytest.raises(ValueError, match="on its edge"):
         laplace(as_target(lambda x: -x.sum(1), 2, support=(0.0, math.inf), check=False))
 

@@ -444,6 +444,9 @@ def test_exact_draws_pass_and_wrong_ones_do_not():
         assert abs(value.drawn - value.floor) < 5 * value.spread and value.weighted is None
     for known in found.known.values():
         assert bool(((known.drawn[0] - known.exact).abs() < 4.5 * known.drawn[1]).all())
+    chains = Draws(right.x[density.modes(right.x).argsort()], seed=5)  # one mode after the other
+    for value in diagnose(chains, density, rows=400).distances.values():
+        assert abs(value.drawn - value.floor) < 5 * value.spread
     lost = Draws(right.x[density.modes(right.x) != 4], seed=5)
     found = diagnose(lost, density, rows=400)
     assert found.warnings() == ["modes that are (almost) missed: 4"]

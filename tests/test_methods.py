@@ -7,9 +7,10 @@ import pytest
 import torch
 
 import fewstep
+from fewstep.core.driven import Driven
 from fewstep.core.flow import flow_calls, probability_flow
 from fewstep.core.grid import spaced
-from fewstep.core.likelihood import FlatLikelihood, GaussianLikelihood
+from fewstep.core.likelihood import FlatLikelihood, GaussianLikelihood, JointLikelihood
 from fewstep.core.problem import Posterior
 from fewstep.core.sampler import State
 from fewstep.core.schedule import Tabulated
@@ -412,6 +413,51 @@ def test_callback_reports_every_step_of_every_chunk():
     assert seen == [(k, 6) for k in range(1, 7)] and isinstance(State(torch.zeros(1)).memory, type(None))
 
 
+def test_costs_of_chunks_are_averaged_and_nested_likelihoods_are_counted():
+    problem = gaussian_problem().problem
+    sampler = fewstep.get("dpmpp_adaptive", "solvers")()
+    parts = list(
+        sampler.stream(
+            flat := dataclasses.replace(problem, likelihood=FlatLikelihood((5,), 1, torch.float64)), 3, chunk=1
+        )
+    )
+    calls = [p.counts.network for p in parts]
+    assert len(set(calls)) > 1 and sampler(flat, 3, chunk=1).counts.network == pytest.approx(sum(calls) / 3)
+    joint = JointLikelihood(problem.likelihood, torch.zeros(1, 5).double(), torch.tensor(0.6), torch.tensor(0.8))
+    diffpir = fewstep.get("diffpir")(steps=4)
+    assert (
+        diffpir(dataclasses.replace(problem, likelihood=joint)).counts.operator == diffpir(problem).counts.operator > 0
+    )
+    assert isinstance(diffpir(problem).counts.network, int)
+
+
+def test_conditions_of_each_measurement_go_with_its_samples():
+    class Labelled(fewstep.GaussianPrior):
+        def forward(self, x_t, t, shift=None):
+            return super().forward(x_t, t) + shift[:, None]
+
+    made = gaussian_problem(batch=2).problem
+    prior = Labelled(made.prior.mean, made.prior.cov, made.schedule)
+    shift = torch.tensor([0.0, 3.0]).double()
+    both = MMPS(steps=3)(Posterior(prior, made.likelihood, {"shift": shift}), 3, seed=1).x
+    for label, same in ((0, True), (1, False)):
+        one = MMPS(steps=3)(Posterior(prior, made.likelihood, {"shift": shift[[label, label]]}), 3, seed=1).x
+        assert torch.equal(one[:, 0], both[:, 0]) is same and torch.equal(one[:, 1], both[:, 1]) is not same
+
+
+def test_guidance_by_a_solver_with_times_of_its_own_for_each_item():
+    check_independence(Driven(fewstep.get("pigdm")(), fewstep.get("dpmpp_adaptive", "solvers")()), tol=1e-7)
+
+
+@pytest.mark.parametrize("gain", [3e-4, 0.0])
+def test_ddnm_keeps_the_variance_where_singular_values_are_next_to_nothing(gain):
+    matrix, sampler = torch.diag(torch.tensor([1.0, gain])), fewstep.get("ddnm")(steps=20, eta=0.0)
+    prior = fewstep.GaussianPrior(torch.zeros(2), torch.eye(2))
+    problem = Posterior(prior, GaussianLikelihood(torch.zeros(1, 2), MatrixOperator(matrix), 0.002))
+    unseen = sampler(problem, 4000, seed=0).x[:, 0, 1]
+    assert 0.8 < float(unseen.std()) < 1.05
+
+
 def test_stream_gives_what_the_call_gives_chunk_by_chunk():
     problem = gaussian_problem(batch=2).problem
     parts = list(MMPS(steps=3).stream(problem, 5, seed=1, chunk=4))
@@ -425,6 +471,7 @@ def test_stream_gives_what_the_call_gives_chunk_by_chunk():
         (MMPS(steps=0), {}, "at least one step"),
         (MMPS(steps=2, grid="nonsense"), {}, "unknown grid"),
         (MMPS(steps=2), {"num_samples": 0}, "at least 1"),
+        (MMPS(steps=2), {"chunk": 0}, "at least 1"),
         (MMPS(steps=2), {"seed": [1, 2]}, "2 seeds for 1"),
     ],
 )

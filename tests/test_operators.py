@@ -11,6 +11,7 @@ from PIL import Image
 from scipy.io import savemat
 from scipy.ndimage import gaussian_filter
 
+from fewstep.core.noise import Noise
 from fewstep.operators import kernels, words
 from fewstep.operators.estimate import estimate_sigma
 from fewstep.operators.image import deepinv_physics, from_unit, image_likelihood, to_unit
@@ -80,6 +81,11 @@ def test_simulate_likelihood_baseline(word, dtype, files):
     y = operator.simulate(x, 0.05, seed=3)
     assert torch.equal(state, torch.get_rng_state())
     assert torch.equal(y[:1], operator.simulate(x[:1], 0.05, seed=3))
+    mine, its = (
+        (y - operator.simulate(x, 0.0))[0].flatten(),
+        Noise.spawn((3,), range(1), dtype).randn(3, 24, 36).flatten(),
+    )
+    assert len(mine) != len(its) or abs(float(torch.corrcoef(torch.stack([mine, its]))[0, 1])) < 0.1
     assert y.dtype == dtype and operator.image_shape(y) == (3, 24, 36)
     likelihood = operator.likelihood(y, sigma=0.05)
     assert likelihood.event_shape == (3, 24, 36) and "svd" in likelihood.provides

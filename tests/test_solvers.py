@@ -116,6 +116,8 @@ def test_settings_out_of_range_are_refused(name, settings):
 def test_wrong_grids_are_refused(grid):
     with pytest.raises(ValueError, match=r"unknown grid|fall strictly"):
         get("ddim", "solvers")(steps=2, grid=grid)(flat(gaussian_problem().problem.prior))
+    with pytest.raises(ValueError, match="cannot be resampled to 4 steps"):
+        get("ddim", "solvers")(steps=4, grid=(1.0, 0.0))(flat(gaussian_problem().problem.prior))
 
 
 def test_explicit_times_are_kept_or_resampled(mixture):

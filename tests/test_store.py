@@ -57,6 +57,15 @@ def test_interruption_keeps_and_failure_leaves_nothing(tmp_path, error, kept):
         assert torch.equal(Samples.load(tmp_path).x, X[:1])
 
 
+def test_settings_of_any_length_are_kept_and_costs_are_averaged(tmp_path):
+    method = "DDIM(grid=(" + ", ".join(str(k / 7) for k in range(900)) + "))"
+    with SampleStore(tmp_path, X.shape[1:]) as store:
+        for k, part in enumerate(parts()):
+            store.append(Samples(part.x, Counts(3 + k, 0, 0), 0.5, method, (7,), k))
+    samples = Samples.load(tmp_path)
+    assert torch.equal(samples.x, X) and samples.method == method and samples.counts == Counts(5, 0, 0)
+
+
 def test_nothing_written_is_no_file(tmp_path):
     with SampleStore(tmp_path, X.shape[1:]):
         pass

@@ -61,17 +61,19 @@ def read_checkpoint(
     """
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        recorded, hashes, groups = state["describe"], state["sha256"], state["param_groups"]
+        step, recorded, hashes, groups = (state[k] for k in ("step", "describe", "sha256", "param_groups"))
+        optimizers = {name: hashes[f"optimizer.{name}"] for name in groups}
+        own, averaged = hashes["model"], hashes["ema"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / 'state.json'} is missing or damaged ({error})") from None
     _compare(folder, recorded, json.loads(json.dumps(describe)))
     try:
-        model.load_state_dict(_read(folder / "model.safetensors", hashes["model"]), strict=True)
-        ema.load_state_dict(_read(folder / "ema.safetensors", hashes["ema"]), strict=True)
+        model.load_state_dict(_read(folder / "model.safetensors", own), strict=True)
+        ema.load_state_dict(_read(folder / "ema.safetensors", averaged), strict=True)
     except RuntimeError as error:
         raise ValueError(f"{folder} does not fit the network: {' '.join(str(error).split())[:300]}") from None
-    read = {name: _read(folder / f"optimizer.{name}.safetensors", hashes[f"optimizer.{name}"]) for name in groups}
-    return state["step"], {name: {"state": _nested(read[name]), "param_groups": groups[name]} for name in groups}
+    read = {name: _read(folder / f"optimizer.{name}.safetensors", known) for name, known in optimizers.items()}
+    return step, {name: {"state": _nested(read[name]), "param_groups": groups[name]} for name in groups}
 
 
 def _folders(root: Path) -> list[Path]:

@@ -19,7 +19,7 @@ from fewstep.core.likelihood import Counts
 from fewstep.core.samples import Samples
 from fewstep.uncertainty.calibration import Calibration
 
-_HEADER = 4096  # bytes kept free for the header, which is known only at the end
+_HEADER = 4096  # bytes kept free for the header, known only at the end, beside the settings of the method
 _STRIP = 1 << 20  # numbers per sample read at once
 _NAMES = {torch.float32: "F32", torch.float16: "F16"}
 _NUMPY: dict[torch.dtype, type] = {torch.float32: np.float32, torch.float16: np.float16}
@@ -57,12 +57,11 @@ class SampleStore:
         self.path, self.shape, self.dtype, self.count = folder / "samples.safetensors", tuple(shape), dtype, 0
         self.counts, self.seconds, self.method = Counts(), 0.0, ""
         self.seeds: tuple[int, ...] = ()
-        self._bytes = math.prod(shape) * dtype.itemsize
+        self._room, self._bytes = 0, math.prod(shape) * dtype.itemsize
         self._partial = self.path.with_suffix(f".partial-{os.getpid()}")
 
     def __enter__(self) -> Self:
         self._file = self._partial.open("w+b")
-        self._file.write(b"\0" * _HEADER)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
@@ -76,12 +75,15 @@ class SampleStore:
 
     def append(self, part: Samples) -> None:
         """Write the samples of a chunk of one measurement."""
+        if not self.count:
+            self.method, self.seeds = part.method, part.seeds
+            self._room = _HEADER + len(json.dumps([self.method, self.seeds])) // 8 * 8
+        self.counts = Counts.mean([(self.counts, self.count), (part.counts, part.num_samples)])
         for x in part.x:
             data = x.to("cpu", self.dtype).contiguous().numpy()
-            self._file.seek(_HEADER + self.count * self._bytes)
+            self._file.seek(self._room + self.count * self._bytes)
             self._file.write(memoryview(data).cast("B"))
             self.count += 1
-        self.counts, self.method, self.seeds = part.counts, part.method, part.seeds
         self.seconds += part.seconds
 
     def summary(
@@ -116,7 +118,7 @@ class SampleStore:
         for k in range(self.count):
             for c in range(channels):
                 offset = (c * height + rows.start) * width * self.dtype.itemsize
-                self._file.seek(_HEADER + k * self._bytes + offset)
+                self._file.seek(self._room + k * self._bytes + offset)
                 out[k, 0, c] = np.frombuffer(self._file.read(out[k, 0, c].nbytes), _NUMPY[self.dtype]).reshape(
                     -1, width
                 )
@@ -134,11 +136,9 @@ class SampleStore:
         size = self.count * self._bytes
         tensor = {"dtype": _NAMES[self.dtype], "shape": [self.count, *self.shape], "data_offsets": [0, size]}
         header = json.dumps({"__metadata__": metadata, "x": tensor}).encode()
-        if len(header) > _HEADER - 8:
-            raise ValueError("the settings of the method are too long for the header of samples.safetensors")
         self._file.seek(0)
-        self._file.write((_HEADER - 8).to_bytes(8, "little") + header.ljust(_HEADER - 8))
-        self._file.truncate(_HEADER + size)
+        self._file.write((self._room - 8).to_bytes(8, "little") + header.ljust(self._room - 8))
+        self._file.truncate(self._room + size)
         self._file.flush()
         os.fsync(self._file.fileno())
         os.replace(self._partial, self.path)

@@ -309,7 +309,9 @@ class Trainer:
         log = self.out / "log.jsonl"
         if self.accelerator.is_main_process and log.is_file():
             lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
-            write_bytes(log, "".join(s for s in lines if json.loads(s)["step"] <= self.step).encode())
+            write_bytes(
+                log, "".join(s for s in lines if s.endswith("\n") and json.loads(s)["step"] <= self.step).encode()
+            )
 
     def _validate(self) -> None:
         if self.validate is not None and self.accelerator.is_main_process:

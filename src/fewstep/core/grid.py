@@ -86,7 +86,7 @@ def times_of(grid: str | tuple[float, ...], schedule: Schedule, steps: int) -> T
         steps: the number of steps.
 
     Raises:
-        ValueError: an unknown name, or times that do not fall within [0, 1].
+        ValueError: an unknown name, or times that do not fall within [0, 1] or are too few to be resampled.
     """
     if isinstance(grid, str):
         if grid not in GRIDS:
@@ -95,15 +95,19 @@ def times_of(grid: str | tuple[float, ...], schedule: Schedule, steps: int) -> T
     times = torch.tensor(grid, dtype=torch.float64)
     if len(times) < 2 or not bool((times[1:] < times[:-1]).all()) or float(times[0]) > 1 or float(times[-1]) < 0:
         raise ValueError(f"the times of a grid must fall strictly within [0, 1], got {grid}")
-    return times if len(times) == steps + 1 else _resampled(times, schedule, steps)
+    if len(times) == steps + 1:
+        return times
+    if int((times > 0).sum()) < 2:
+        raise ValueError(f"a grid of {len(times)} times cannot be resampled to {steps} steps: two must be above 0")
+    return _resampled(times, schedule, steps)
 
 
 def _resampled(times: Tensor, schedule: Schedule, steps: int) -> Tensor:
     ends = times[-1] == 0
     inner, count = (times[:-1], steps) if ends else (times, steps + 1)
     place = torch.linspace(0, len(inner) - 1, count, dtype=torch.float64)
-    low = place.floor().clamp(0, max(len(inner) - 2, 0)).long()
+    low = place.floor().clamp(0, len(inner) - 2).long()
     logs = schedule.ratio(inner).log()
-    logs = logs[low] + (place - low) * (logs[(low + 1).clamp_max(len(inner) - 1)] - logs[low])
+    logs = logs[low] + (place - low) * (logs[low + 1] - logs[low])
     ratios = schedule.time(torch.exp(logs)).clamp(0, 1)
     return torch.cat([ratios, times[-1:]]) if ends else ratios

@@ -27,7 +27,7 @@ class Likelihood(ABC):
     """p(y | x); every method acts on each item alone.
 
     Attributes:
-        provides: what it offers, of {"gradient", "prox", "draw", "svd", "gaussian", "jvp"}.
+        provides: what it offers, of {"gradient", "prox", "draw", "svd", "gaussian"}.
         batch: the number of measurements B (times K after `expand`).
         event_shape, dtype, device: of one item x.
     """
@@ -101,7 +101,7 @@ class GaussianLikelihood(Likelihood):
         self.spectrum = spectrum_of(physics, back)
         self.event_shape, self.dtype, self.device = back.shape[1:], back.dtype, back.device
         closed = {"svd"} if self.spectrum is not None else set()
-        self.provides = frozenset({"gradient", "prox", "draw", "gaussian", "jvp"} | closed)
+        self.provides = frozenset({"gradient", "prox", "draw", "gaussian"} | closed)
 
     def A(self, x: Tensor) -> Tensor:
         """Apply the operator, (N, *event) -> (N, *measurement)."""
@@ -335,6 +335,10 @@ class JointLikelihood(Likelihood):
         shape = [1] * (self.x_t.ndim - 1)
         alpha, sigma = (a if a.ndim == 0 or a.shape[0] == 1 else a.repeat(k, *shape) for a in (self.alpha, self.sigma))
         return JointLikelihood(self.likelihood.expand(k), self.x_t.repeat(k, *shape), alpha, sigma)
+
+    def counted(self, counts: Counts) -> JointLikelihood:
+        """See `Likelihood`."""
+        return JointLikelihood(self.likelihood.counted(counts), self.x_t, self.alpha, self.sigma)
 
     def _merge(self, z: Tensor, rho: Tensor | float) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation, (N, *event) and (N,), of N(x; z, rho^2) N(x_t; alpha x, sigma^2)."""

@@ -10,10 +10,13 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 _BLOCK = 2048  # normals per item that are drawn at once for small events
 
@@ -86,9 +89,19 @@ class Noise:
 
 
 def mix(*words: int) -> int:
-    """Hash integers into a 63-bit seed with numpy's SeedSequence, so that near seeds give unrelated streams."""
+    """Hash integers into a 63-bit seed with numpy's SeedSequence, so that near seeds give unrelated streams.
+
+    To it zeros at the end are nothing: `mix(5, 0)` is `mix(5)`. What must differ takes another word than 0 there.
+    """
     state = np.random.SeedSequence([w & (2**64 - 1) for w in words]).generate_state(1, np.uint64)[0]
     return int(state) >> 1
+
+
+def seeded(build: Callable[[], T], seed: int) -> T:
+    """Return what `build` returns with the CPU's global generator at `seed`, and leave that where it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every device
+        return build()
 
 
 class Streams(Noise):

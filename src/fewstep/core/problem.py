@@ -24,7 +24,7 @@ class Posterior:
     Args:
         prior: the diffusion prior.
         likelihood: the likelihood of B measurements.
-        cond: extra inputs of the denoiser (a class label, say).
+        cond: extra inputs of the denoiser (a class label, say); tensors of B entries have one for each measurement.
     """
 
     prior: Denoiser
@@ -50,8 +50,10 @@ class Posterior:
 
     def expand(self, k: int) -> Posterior:
         """Return the problem with k items per measurement and fresh counters."""
-        counts = Counts()
-        return replace(self, likelihood=self.likelihood.expand(k).counted(counts), counts=counts)
+        counts, batch = Counts(), self.likelihood.batch
+        own = {n: v for n, v in self.cond.items() if isinstance(v, Tensor) and v.ndim and len(v) == batch}
+        cond = {**self.cond, **{n: v.repeat(k, *[1] * (v.ndim - 1)) for n, v in own.items()}}
+        return replace(self, likelihood=self.likelihood.expand(k).counted(counts), cond=cond, counts=counts)
 
     def denoise(self, x_t: Tensor, t: Tensor) -> Tensor:
         """Return E[x_0 | x_t], (N, *event), at the cost of one network call and without a graph."""

@@ -40,7 +40,7 @@ class Sampler(Presets, ABC):
 
     Attributes:
         steps: length of the loop.
-        needs: what the likelihood must provide, of {"gradient", "prox", "draw", "svd", "gaussian", "jvp"}.
+        needs: what the likelihood must provide, of {"gradient", "prox", "draw", "svd", "gaussian"}.
         reference: the publication.
         exact: "posterior" (converges to it), "biased" (to something else), "mode" (a point estimate).
         limit: one line on what it converges to, and when.
@@ -89,7 +89,8 @@ class Sampler(Presets, ABC):
             problem: prior and likelihood of B measurements.
             num_samples: K.
             seed: one for all measurements, or one for each; sample k depends on its measurement, its seed and k alone.
-            chunk: the most items (samples times measurements) that go through the network at once.
+            chunk: the most items (samples times measurements) that go through the network at once, but never less than one
+                sample of every measurement.
             callback: called after every step with (steps done, steps in all, state).
 
         Raises:
@@ -111,6 +112,8 @@ class Sampler(Presets, ABC):
     ) -> Iterator[Samples]:
         """Draw as `__call__` does, giving each chunk as soon as it is done."""
         self.check(problem, num_samples)
+        if chunk is not None and chunk < 1:
+            raise ValueError(f"chunk must be at least 1, got {chunk}")
         batch = problem.likelihood.batch
         seeds = (seed,) * batch if isinstance(seed, int) else tuple(seed)
         if len(seeds) != batch:

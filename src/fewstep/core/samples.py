@@ -122,7 +122,8 @@ class Samples:
         """Join consecutive chunks of the same run."""
         head = parts[0]
         x = torch.cat([p.x for p in parts]) if len(parts) > 1 else head.x
-        return cls(x, head.counts, sum(p.seconds for p in parts), head.method, head.seeds, head.first)
+        counts = Counts.mean([(p.counts, p.num_samples) for p in parts])
+        return cls(x, counts, sum(p.seconds for p in parts), head.method, head.seeds, head.first)
 
     def _several(self, what: str) -> Tensor:
         if self.num_samples < 2:

@@ -207,7 +207,7 @@ class Latent(TargetDensity):
 
     def log_prob(self, x: Tensor) -> Tensor:
         """See `TargetDensity`, (N, d) -> (N,) float64."""
-        return self._walked(x, weights=True).log_weights + log_normal(x.double())
+        return self._walked(x).log_weights + log_normal(x.double())
 
     def score(self, x: Tensor) -> Tensor:
         """Refused: the determinant is taken without its own derivative."""
@@ -215,12 +215,12 @@ class Latent(TargetDensity):
 
     def to_x(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return what the map makes of z, (N, d) -> (N, d), in the coordinates of the target; and its signs, (N,), if it folds."""
-        y, _, signs = self._walked(z, weights=True)
+        y, _, signs = self._walked(z)
         return self.sampler.whitened.to_x(y), signs if bool((signs < 0).any()) else None
 
-    def _walked(self, z: Tensor, weights: bool) -> Walked:
+    def _walked(self, z: Tensor) -> Walked:
         unused = Streams(0, range(1), device=z.device)  # jumps take no noise but their start
-        return self.sampler.walked(z.float(), self.steps, unused, weights)
+        return self.sampler.walked(z.float(), self.steps, unused, True)
 
 
 @torch.no_grad()

@@ -142,18 +142,24 @@ def diagnose(draws: Draws, target: TargetDensity, *, rows: int = ROWS, level: fl
     if len(x) < 10:
         raise ValueError(f"at least 10 finite draws are needed, got {len(x)} of {len(draws)}")
     rows = min(rows, len(x))
-    exact = exact_draws(target, max(rows, len(x)), mix(draws.seed, 1))
+    some = spread(x, rows)
+    exact = exact_draws(target, len(x), mix(draws.seed, 1))
     missing: dict[str, str] = {}
     return Diagnosis(
         target,
         draws,
         summary(draws, level),
         known_expectations(draws, target),
-        {} if exact is None else _distances(draws, x[:rows], exact[:rows], target, missing),
-        _stein(x[:rows], target) if exact is None else None,
+        {} if exact is None else _distances(draws, some, exact[:rows], target, missing),
+        _stein(some, target) if exact is None else None,
         exact,
         missing,
     )
+
+
+def spread(x: Tensor, rows: int) -> Tensor:
+    """Return at most so many rows of x, (n, d), evenly from all of them: chains lie one after the other."""
+    return x[torch.linspace(0, len(x) - 1, min(rows, len(x))).round().long()]
 
 
 def summary(draws: Draws, level: float = 0.95) -> dict[str, Any]:

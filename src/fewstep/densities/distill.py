@@ -14,6 +14,7 @@ from torch import nn
 
 from fewstep.core.denoiser import Denoiser
 from fewstep.core.density import TargetDensity
+from fewstep.core.noise import seeded
 from fewstep.core.objective import Objective
 from fewstep.densities.base import DensitySampler
 from fewstep.densities.batches import in_blocks
@@ -21,7 +22,6 @@ from fewstep.densities.fit import FitOptions, averaged
 from fewstep.densities.students._polish import InTurn
 from fewstep.densities.students._sampler import MapSampler
 from fewstep.densities.students.cdds import CDDS, ready
-from fewstep.densities.teachers._base import seeded
 from fewstep.densities.whitened import Whitened
 from fewstep.training import Batches, Trainer
 

@@ -82,12 +82,14 @@ def laplace(target: TargetDensity, start: Tensor | None = None, iterations: int 
         iterations: at most so many.
 
     Raises:
-        ValueError: no mode was found, or the target is bounded.
+        ValueError: no mode was found, the target is bounded, or it or its second derivative is not finite on the way.
     """
     if target.support is not None:
         raise ValueError("the mode of a bounded density may lie on its edge: use `whiten`")
     x = torch.zeros(target.dim, dtype=torch.float64) if start is None else start.double()
     for _ in range(iterations):
+        if not bool(target.log_prob(x[None]).isfinite().all()):
+            raise ValueError("the density is not finite where its mode is looked for: give another start")
         slope, root = target.score(x[None])[0], _curvature(target, x)
         step = torch.cholesky_solve(slope[:, None], root)[:, 0]
         if float(slope @ step) < 1e-9:
@@ -99,6 +101,8 @@ def laplace(target: TargetDensity, start: Tensor | None = None, iterations: int 
 def _curvature(target: TargetDensity, x: Tensor) -> Tensor:
     """Return the Cholesky factor of minus the Hessian at x, with as much of the identity added as makes it positive."""
     hessian = -jacfwd(lambda x: target.score(x[None])[0])(x)
+    if not bool(hessian.isfinite().all()):
+        raise ValueError("the density has no finite second derivative where its mode is looked for: give another start")
     hessian, added = (hessian + hessian.T) / 2, 0.0
     while True:
         root, failed = torch.linalg.cholesky_ex(hessian + added * torch.eye(len(x), dtype=x.dtype))

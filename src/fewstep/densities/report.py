@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fewstep.core.density import TargetDensity
-from fewstep.densities.diagnosis import Diagnosis, Distance, Known
+from fewstep.densities.diagnosis import Diagnosis, Distance, Known, spread
 from fewstep.densities.estimators.psis import limit, smooth
 from fewstep.report import figure_png, html_figure, html_gallery, html_table, page
 
@@ -122,7 +122,9 @@ def plane(found: Diagnosis) -> bytes:
     wide = found.exact if found.exact is not None else x
     for number, (title, (points, colour)) in enumerate(panels.items()):
         axes = figure.add_subplot(1, len(panels), number + 1)
-        axes.scatter(*points[:POINTS, :2].T.numpy(), s=2, alpha=0.35, color=colour, linewidths=0, rasterized=True)
+        axes.scatter(
+            *spread(points, POINTS)[:, :2].T.numpy(), s=2, alpha=0.35, color=colour, linewidths=0, rasterized=True
+        )
         axes.set_xlim(*_range(wide[:, 0], 0.05))
         axes.set_ylim(*_range(wide[:, 1], 0.05))
         axes.set_title(title, fontsize=9)

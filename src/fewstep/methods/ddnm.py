@@ -99,7 +99,9 @@ class DDNM(DiffusionSampler):
 
         def fresh(q: Tensor) -> Tensor:
             own = alpha * sigma_y / q.clamp_min(1e-12)
-            return torch.where(sigma >= own, (sigma**2 - own**2).clamp_min(0).sqrt(), self.eta * sigma)
+            return torch.where(
+                significant(q) & (sigma >= own), (sigma**2 - own**2).clamp_min(0).sqrt(), self.eta * sigma
+            )
 
         kept = (1 - self.eta**2) ** 0.5 * sigma
         return spectral(lambda q: torch.where(significant(q), 0.0, kept), epsilon) + spectral(

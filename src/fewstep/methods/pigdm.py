@@ -64,5 +64,5 @@ class PiGDM(GuidedSampler):
         alpha, sigma = problem.coefficients(t, x_t)
         x0, pullback = problem.denoise_vjp(x_t, t)
         radius = self.spread * sigma / (alpha**2 * self.spread**2 + sigma**2).sqrt()
-        score = pullback(likelihood.back_project(likelihood.residual(x0), radius.flatten()[0]))
+        score = pullback(likelihood.back_project(likelihood.residual(x0), radius.flatten().expand(len(x_t))))
         return x0 + sigma**2 / alpha * score * (alpha if self.adaptive else 1)

@@ -65,13 +65,16 @@ class Operator(ABC):
         return image_likelihood(y, self._physics(y, image_shape), self._sigma(y, sigma), **options)
 
     def simulate(self, x: Tensor, sigma: Tensor | float, seed: int = 0) -> Any:
-        """Return a measurement of images x, (B, C, H, W) in [0, 1]; it is not clipped. Item b has its own stream."""
+        """Return a measurement of images x, (B, C, H, W) in [0, 1]; it is not clipped.
+
+        Item b has its own stream, which no sampler with the same seed draws from.
+        """
         physics = self._built(shape_of(x), x)
         y = physics.A(x)
         levels = torch.as_tensor(sigma, dtype=y.dtype).reshape(-1, *[1] * (y.ndim - 1))
         if not bool((levels >= 0).all()):
             raise ValueError(f"sigma must not be negative, got {sigma}")
-        noise = Noise([mix(seed, b) for b in range(y.shape[0])], y.dtype, y.device)
+        noise = Noise([mix(seed, b, 1) for b in range(y.shape[0])], y.dtype, y.device)
         return y + levels.to(y.device) * self._seen(noise.randn_like(y), physics)
 
     def baseline(self, y: Any, image_shape: Shape | None = None) -> Tensor:

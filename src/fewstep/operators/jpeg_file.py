@@ -223,7 +223,7 @@ def _scan(file: JpegFile, body: bytes, data: bytes) -> None:
     decode = _decoder(file.progressive, scan)
     segments = iter(_RESTART.split(data))
     bits = _Bits(next(segments))
-    for number, unit in enumerate(_units(file, [c for c, _, _ in chosen])):
+    for number, unit in enumerate(_units([c for c, _, _ in chosen])):
         if file.interval and number and number % file.interval == 0:
             bits, scan.run = _Bits(next(segments, b"")), 0
             for component, _, _ in chosen:
@@ -235,7 +235,7 @@ def _scan(file: JpegFile, body: bytes, data: bytes) -> None:
         component.prediction = 0
 
 
-def _units(file: JpegFile, components: list[Component]) -> Iterator[list[tuple[int, int]]]:
+def _units(components: list[Component]) -> Iterator[list[tuple[int, int]]]:
     """Yield the minimum coded units of a scan: lists of (component of the scan, block number)."""
     if len(components) == 1:
         only = components[0]

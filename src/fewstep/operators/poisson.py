@@ -171,8 +171,11 @@ class PoissonLikelihood(Likelihood):
         return x
 
     def _hessian(self, weight: Tensor, variance: Tensor) -> Callable[[Tensor], Tensor]:
-        scale = like(self.scale / self.gain, self.y)
-        return lambda v: self._back(weight * scale * self.physics.A(v)) + v / variance
+        def product(v: Tensor) -> Tensor:
+            seen = self.rate(v) - self.offset
+            return self._back(weight * seen) + v / variance
+
+        return product
 
     def _line_search(self, x: Tensor, step: Tensor, z: Tensor, variance: Tensor, decrease: Tensor) -> Tensor:
         """Return for each item the first of 1, 1/2, 1/4, ... that lowers the objective enough (Armijo), (N,)."""

@@ -316,7 +316,10 @@ class Jpeg(Operator):
     def likelihood(
         self, y: Any, image_shape: Shape | None = None, sigma: Tensor | float | None = None, **options: Any
     ) -> Likelihood:
-        """See `Operator`; quantisation is the only noise, so sigma must be absent or 0."""
+        """See `Operator`; quantisation is the only noise, so sigma must be absent or 0.
+
+        The options are those of `gaussian_jpeg`, with `step_std` 0 those of `JpegLikelihood`.
+        """
         if sigma is not None and bool((torch.as_tensor(sigma) != 0).any()):
             raise ValueError("jpeg takes no sigma: quantisation is its only noise")
         if not isinstance(y, JpegMeasurement):

@@ -324,7 +324,7 @@ def gaussian_terms(likelihood: Likelihood) -> tuple[Tensor, Tensor, Tensor]:
         return precision + added, shift + weight * x_t, constant + own
     if isinstance(likelihood, FlatLikelihood):
         size = likelihood.event_shape.numel()
-        zeros = torch.zeros(likelihood.batch, size, size, dtype=likelihood.dtype)
+        zeros = torch.zeros(likelihood.batch, size, size, dtype=likelihood.dtype, device=likelihood.device)
         return zeros, zeros[..., 0], zeros[:, 0, 0]
     if not isinstance(likelihood, GaussianLikelihood):
         raise TypeError(f"{type(likelihood).__name__} is not linear-Gaussian")

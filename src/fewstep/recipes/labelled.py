@@ -5,7 +5,7 @@ Both are trained on one .npz file with `images`, (N, H, W) uint8, and `labels`, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fewstep.core.noise import seeded
 from fewstep.data import to_units
 from fewstep.metrics.classes import Classifier, ClassifierConfig
 from fewstep.objectives.classification import CrossEntropy
@@ -121,7 +122,7 @@ class LabelledPriorRecipe:
         config = build(UNetConfig, self.network, "network")
         training, test = Labelled.read(data).split(self.holdout)
         return Trainer(
-            model=_seeded(lambda: UNetDenoiser(config), options.seed),
+            model=seeded(lambda: UNetDenoiser(config), options.seed),
             objective=build(DenoisingScoreMatching, self.objective, "objective"),
             data=LabelledBatches(training, self.batch, self.hidden, options.seed),
             out=Path(out),
@@ -156,7 +157,7 @@ class ClassifierRecipe:
         config = build(ClassifierConfig, self.network, "network")
         training, test = Labelled.read(data).split(self.holdout)
         return Trainer(
-            model=_seeded(lambda: Classifier(config), options.seed),
+            model=seeded(lambda: Classifier(config), options.seed),
             objective=build(CrossEntropy, self.objective, "objective"),
             data=LabelledBatches(training, self.batch, 0.0, options.seed),
             out=Path(out),
@@ -170,13 +171,6 @@ class ClassifierRecipe:
 def _options(values: Mapping[str, Any], steps: int | None) -> TrainingOptions:
     options = build(TrainingOptions, values, "training")
     return options if steps is None else replace(options, steps=steps)
-
-
-def _seeded(make: Callable[[], nn.Module], seed: int) -> nn.Module:
-    """Return a network whose fresh weights depend on the seed only."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return make()
 
 
 def _numbers(recipe: LabelledPriorRecipe | ClassifierRecipe) -> dict[str, Any]:

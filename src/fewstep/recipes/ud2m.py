@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from fewstep.core.denoiser import Denoiser
+from fewstep.core.noise import seeded
 from fewstep.data import CropShape, RandomCrops, list_images, load_image
 from fewstep.measurements import Family, SimulatedMeasurements
 from fewstep.metrics import LPIPS_VARIABLE, Missing, lpips_net
@@ -144,9 +145,7 @@ class UD2MRecipe:
         config = build(UnfoldedConfig, {**given, "levels": levels}, "network")
         lora = build(LoRAConfig, self.lora or {}, "lora") if "lora" in self.decoder else None
         kind = DECODERS[self.decoder]
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            network = UnfoldedNetwork(config, kind(prior.with_context(kind.IMAGES), lora))
+        network = seeded(lambda: UnfoldedNetwork(config, kind(prior.with_context(kind.IMAGES), lora)), seed)
         if self.init:
             _begin_from(network, load_network(find_network(self.init)))
         network.checkpointing = self.checkpointing
@@ -172,16 +171,12 @@ class UD2MRecipe:
     def _critic(self, objective: UD2M, seed: int) -> Critic | None:
         if not objective.weights.adversarial:
             return None
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed + 1)
-            return Critic(build(CriticConfig, self.critic, "critic"))
+        return seeded(lambda: Critic(build(CriticConfig, self.critic, "critic")), seed + 1)
 
     def _fake(self, objective: UD2M, prior: UNetDenoiser, seed: int) -> Denoiser | None:
         if not objective.weights.matching:
             return None
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed + 2)
-            return fake_score(prior, build(LoRAConfig, self.fake or {}, "fake"))
+        return seeded(lambda: fake_score(prior, build(LoRAConfig, self.fake or {}, "fake")), seed + 2)
 
 
 def _begin_from(network: UnfoldedNetwork, trained: UnfoldedNetwork) -> None:

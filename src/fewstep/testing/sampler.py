@@ -55,7 +55,7 @@ def check_form(sampler: Sampler) -> None:
         assert f"{field.name}:" in (cls.__doc__ or ""), f"field {field.name} is not documented in the class docstring"
     assert isinstance(cls.reference, Reference)
     assert cls.exact in {"posterior", "biased", "mode"} and cls.limit
-    assert cls.needs <= {"gradient", "prox", "draw", "svd", "gaussian", "jvp"}
+    assert cls.needs <= {"gradient", "prox", "draw", "svd", "gaussian"}
     assert eval(repr(sampler), {cls.__name__: cls}) == sampler, "repr does not round-trip"
     assert all(isinstance(cls.preset(name), cls) for name in cls.presets)
     for dtype in (torch.float64, torch.float32):

@@ -173,7 +173,8 @@ class Tuning:
             return
         self.state.parent.mkdir(parents=True, exist_ok=True)
         tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-        write_bytes(self.state, save(tensors, metadata={"done": str(done), "facts": self._facts()}))
+        moved = " ".join(name for name, value in state.items() if value.device.type != "cpu")
+        write_bytes(self.state, save(tensors, metadata={"done": str(done), "facts": self._facts(), "moved": moved}))
 
     def _resume(self) -> tuple[int, State]:
         if self.state is None or not self.state.is_file():
@@ -186,8 +187,8 @@ class Tuning:
             raise ValueError(f"{self.state} cannot be read ({error}); remove it to begin anew") from None
         if header.get("facts") != self._facts():
             raise ValueError(f"{self.state} belongs to a tuning with other settings; remove it to begin anew")
-        device = self.task.problem.likelihood.device
-        return int(header["done"]), {name: value.to(device) for name, value in tensors.items()}
+        device, moved = self.task.problem.likelihood.device, header.get("moved", "").split()
+        return int(header["done"]), {n: v.to(device) if n in moved else v for n, v in tensors.items()}
 
 
 def times_from(schedule: Schedule, ratios: Tensor) -> Tensor:

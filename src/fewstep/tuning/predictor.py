@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fewstep.core.noise import seeded
+
 
 def ranking_loss(predicted: Tensor, scores: Tensor) -> Tensor:
     """Return -log sigmoid of the predicted difference of all pairs, the worse one first, (E,) twice -> ()."""
@@ -26,16 +28,17 @@ def fit(features: Tensor, scores: Tensor, seed: int, width: int = 64, steps: int
         width: of the hidden layer.
         steps: of Adam on all pairs.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        size = features.shape[1]
-        net = nn.Sequential(nn.Linear(size, width), nn.SiLU(), nn.Linear(width, 1), nn.Flatten(0))
+    net = seeded(lambda: _perceptron(features.shape[1], width), seed)
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2, weight_decay=1.0)
     for _ in range(steps):
         optimizer.zero_grad()
         ranking_loss(net(features), scores).backward()
         optimizer.step()
     return net.requires_grad_(False)
+
+
+def _perceptron(size: int, width: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(size, width), nn.SiLU(), nn.Linear(width, 1), nn.Flatten(0))
 
 
 def kendall(predicted: Tensor, scores: Tensor) -> float:

@@ -13,6 +13,7 @@ References:
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -116,7 +117,7 @@ class SequentialMonteCarlo(MonteCarlo):
     def _resampled(self, state: State, log_w: Tensor, u: Tensor) -> tuple[State, Tensor]:
         """Resample the runs, (R, P), whose effective size has fallen; their particles then share the mean weight."""
         runs, size = log_w.shape
-        mean = log_w.logsumexp(1, keepdim=True) - torch.tensor(float(size)).log()
+        mean = log_w.logsumexp(1, keepdim=True) - math.log(size)
         effective = (2 * (log_w - mean)).exp().mean(1).reciprocal()
         poor = ((effective < self.resample_below) & mean[:, 0].isfinite())[:, None]
         own = torch.arange(size).expand(runs, -1)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, ClassVar, Self, final
 
-import torch
 from torch import Tensor, nn
 
-from fewstep.core.noise import Noise
+from fewstep.core.noise import Noise, seeded
 from fewstep.core.objective import Objective
 from fewstep.core.presets import Presets
 from fewstep.core.reference import Reference
@@ -192,10 +191,3 @@ class PathSampler(DensitySampler):
         except RuntimeError as error:
             raise ValueError(f"the weights do not fit the network: {' '.join(str(error).split())[:300]}") from None
         return cls(whitened, control.eval().requires_grad_(False), teacher, config["steps"])
-
-
-def seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
-    """Return what `build` returns with the global generator at `seed`, and leave that where it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return build()

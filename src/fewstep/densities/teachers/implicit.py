@@ -21,14 +21,14 @@ from torch import Tensor, nn
 
 from fewstep.core.batch import item_dot
 from fewstep.core.density import TargetDensity
-from fewstep.core.noise import Noise
+from fewstep.core.noise import Noise, seeded
 from fewstep.core.objective import Objective
 from fewstep.core.reference import Reference
 from fewstep.core.schedule import VariancePreserving
 from fewstep.densities.base import DensitySampler
 from fewstep.densities.students._maps import MapConfig, Perceptron, ResidualMap
 from fewstep.densities.students._sampler import MapSampler
-from fewstep.densities.teachers._base import Teacher, seeded
+from fewstep.densities.teachers._base import Teacher
 from fewstep.densities.whitened import Whitened
 
 

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.core.density import TargetDensity, gradient
-from fewstep.core.noise import Noise
+from fewstep.core.noise import Noise, seeded
 from fewstep.core.reference import Reference
 from fewstep.densities.mcmc.chains import Chains
 from fewstep.densities.mcmc.hamiltonian import mala
 from fewstep.densities.mixtures import Fitted, fit_mixture
 from fewstep.densities.networks import ControlNet, Moments, NetConfig, drift_of, gaussian_drift
-from fewstep.densities.teachers._base import PathTeacher, seeded
+from fewstep.densities.teachers._base import PathTeacher
 from fewstep.densities.whitened import Whitened
 from fewstep.priors.exact import MixturePrior
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fewstep.core.batch import item_dot
 from fewstep.core.grid import uniform
-from fewstep.core.noise import Noise
+from fewstep.core.noise import Noise, seeded
 from fewstep.core.objective import Objective
 from fewstep.core.reference import Reference
 from fewstep.core.schedule import VariancePreserving
@@ -24,7 +24,7 @@ from fewstep.densities.paths import Paths, exponential, simulate
 from fewstep.densities.students._maps import FlowMap, GuidedMap, MapConfig
 from fewstep.densities.students._sampler import MapSampler
 from fewstep.densities.students._self import Learner, SelfDistillation, Shortest
-from fewstep.densities.teachers._base import Teacher, seeded
+from fewstep.densities.teachers._base import Teacher
 from fewstep.densities.whitened import Whitened
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.core.grid import uniform
-from fewstep.core.noise import Noise
+from fewstep.core.noise import Noise, seeded
 from fewstep.core.objective import Objective
 from fewstep.core.reference import Reference
 from fewstep.core.schedule import VariancePreserving
@@ -18,7 +18,7 @@ from fewstep.densities.paths import Paths, exponential
 from fewstep.densities.students._maps import GuidedMap, MapConfig
 from fewstep.densities.students._sampler import MapSampler
 from fewstep.densities.students._self import Learner, SelfDistillation, Shortest, detached_paths
-from fewstep.densities.teachers._base import Teacher, seeded
+from fewstep.densities.teachers._base import Teacher
 from fewstep.densities.whitened import Whitened
 
 
