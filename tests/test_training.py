@@ -236,6 +236,8 @@ def test_a_run_killed_between_checkpoints_goes_back_to_the_last_one(tmp_path):
         part._log(part._train_step())
         if part.step % 4 == 0:
             part.save()
+    with (tmp_path / "part" / "log.jsonl").open("a") as file:
+        file.write('{"step": 12, "lo')  # it died while it wrote
     again = trainer(tmp_path / "part")
     again._start(resume=True)
     assert again.step == 8

@@ -308,10 +308,8 @@ class Trainer:
             optimizer.load_state_dict(states[name])
         log = self.out / "log.jsonl"
         if self.accelerator.is_main_process and log.is_file():
-            lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
-            write_bytes(
-                log, "".join(s for s in lines if s.endswith("\n") and json.loads(s)["step"] <= self.step).encode()
-            )
+            whole = [s for s in log.read_text(encoding="utf-8").splitlines(keepends=True) if s.endswith("\n")]
+            write_bytes(log, "".join(s for s in whole if json.loads(s)["step"] <= self.step).encode())
 
     def _validate(self) -> None:
         if self.validate is not None and self.accelerator.is_main_process:
