@@ -219,7 +219,8 @@ def test_train_prior_that_was_stopped_is_an_interruption(fewstep, tmp_path, monk
         raise KeyboardInterrupt("stopped after step 1 of 2")
 
     monkeypatch.setattr("fewstep.recipes.train_prior", train)
-    assert fewstep("train-prior", tmp_path, "--out", tmp_path / "o", "--steps", "2")[0] == 130
+    code, _, err = fewstep("train-prior", tmp_path, "--out", tmp_path / "o", "--steps", "2")
+    assert code == 130 and err == "stopped after step 1 of 2\n"
     assert fewstep("train-prior", tmp_path, "--out", tmp_path / "o", "--no-resume")[0] == 130
     assert seen == [("natural", tmp_path, tmp_path / "o", 2, True), ("natural", tmp_path, tmp_path / "o", None, False)]
 

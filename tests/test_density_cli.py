@@ -447,6 +447,9 @@ def test_exact_draws_pass_and_wrong_ones_do_not():
     chains = Draws(right.x[density.modes(right.x).argsort()], seed=5)  # one mode after the other
     for value in diagnose(chains, density, rows=400).distances.values():
         assert abs(value.drawn - value.floor) < 5 * value.spread
+    for wrong in ({"rows": 1}, {"level": 1.5}):
+        with pytest.raises(ValueError, match=r"at least 2|level must lie"):
+            diagnose(right, density, **wrong)
     lost = Draws(right.x[density.modes(right.x) != 4], seed=5)
     found = diagnose(lost, density, rows=400)
     assert found.warnings() == ["modes that are (almost) missed: 4"]

@@ -257,6 +257,11 @@ def test_log_z_interval_has_room_for_what_lies_beyond_the_largest_weight(signed)
     assert count > 150 and naive / count < least < covered / count, (naive / count, covered / count)
 
 
+def test_too_few_draws_to_know_their_tail_give_no_upper_end():
+    low, high = log_normal_draws(24, 2.0, 0).log_z_interval(0.9)
+    assert math.isinf(high) and math.isfinite(low)
+
+
 def test_interval_of_groups_counts_groups():
     """Rows that repeat each other, ten at a time, hold no more than the groups do."""
     covered, wrong = 0, 0

@@ -89,6 +89,9 @@ def bad_inputs(tmp_path):
     np.save(tmp_path / "nan.npy", np.full((4, 4), np.nan, np.float32))
     np.save(tmp_path / "shape.npy", np.zeros((4, 4, 2), np.float32))
     np.save(tmp_path / "text.npy", np.array(["a"]))
+    np.save(tmp_path / "units.npy", np.full((4, 4), 130.0, np.float32))
+    np.save(tmp_path / "int64.npy", np.full((4, 4), 130))
+    save_file({"y": torch.full((3, 4, 4), 130, dtype=torch.int32)}, tmp_path / "int32.safetensors")
     Image.fromarray(np.full((4, 4), np.nan, np.float32)).save(tmp_path / "nan.tiff")
     Image.fromarray(np.full((4, 4), 7.0, np.float32)).save(tmp_path / "range.tiff")
     return {
@@ -99,7 +102,10 @@ def bad_inputs(tmp_path):
         "bad.safetensors": "safetensors",
         "nan.npy": "NaN",
         "shape.npy": "channels|expected",
-        "text.npy": "expected numbers",
+        "text.npy": "expected floats",
+        "units.npy": r"values around 130, expected \[0, 1\]",
+        "int64.npy": "int64",
+        "int32.safetensors": "int32",
         "nan.tiff": "NaN",
         "range.tiff": r"outside \[0, 1\]",
         ".": "folder",

@@ -213,6 +213,20 @@ def test_kernel_files_of_matlab_seven_three(tmp_path):
     assert torch.allclose(got, torch.tensor(truth / truth.sum()))
 
 
+def test_kernels_that_would_fill_the_memory_are_refused(tmp_path):
+    for make in (
+        lambda: kernels.gaussian_kernel(float("inf")),
+        lambda: kernels.gaussian_kernel(1e6),
+        lambda: kernels.uniform_kernel(100_000),
+        lambda: kernels.motion_kernel(100_000),
+    ):
+        with pytest.raises(ValueError, match=r"4096|512"):
+            make()
+    (tmp_path / "k.mat").write_bytes(b"MATLAB 5.0" * 3)
+    with pytest.raises(ValueError, match="cannot be read as a mat file"):
+        kernels.load_kernel(tmp_path / "k.mat")
+
+
 @pytest.mark.parametrize("sigma", [0.01, 0.05, 0.2])
 def test_noise_level_of_a_photograph(sigma):
     x = image(2, 3, 96, 96)

@@ -248,7 +248,10 @@ def test_a_full_disk_leaves_no_half_file(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", fsync)
     with pytest.raises(OSError, match="No space"):
         run(path, tmp_path)
-    assert names(tmp_path) == {"measurement.png", "sample-00.png"}
+    assert names(tmp_path) == {"measurement.png", "result.json"}
+    monkeypatch.undo()
+    run(path, tmp_path)
+    assert names(tmp_path) == FILES | samples_of(3)
 
 
 def test_divergence_is_an_error(tmp_path):
@@ -258,7 +261,37 @@ def test_divergence_is_an_error(tmp_path):
 
     with pytest.raises(FloatingPointError, match="diverged"):
         restore(write_png(tmp_path), tmp_path / "out", settings(), prior=Broken())
-    assert names(tmp_path) == {"measurement.png"}
+    assert names(tmp_path) == set()
+    run(write_png(tmp_path), tmp_path, samples=2)
+    before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    with pytest.raises(FloatingPointError, match="diverged"):
+        restore(write_png(tmp_path), tmp_path / "out", settings(), prior=Broken())
+    run(write_png(tmp_path), tmp_path, interrupt_after(1))
+    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
+
+
+def test_files_that_no_restoration_wrote_are_not_replaced(tmp_path):
+    run(write_png(tmp_path), tmp_path)
+    (tmp_path / "out" / "samples.partial-1").touch()  # of a process that was killed
+    with pytest.raises(ValueError, match="would be replaced"):
+        run(tmp_path / "out" / "mean.png", tmp_path)
+    run(write_png(tmp_path), tmp_path)
+    assert names(tmp_path) == FILES | samples_of(3)
+    (tmp_path / "out" / "result.json").unlink()
+    with pytest.raises(ValueError, match="which no restoration wrote"):
+        run(write_png(tmp_path), tmp_path)
+
+
+def test_what_is_missing_is_said_before_anything_is_drawn(tmp_path):
+    with pytest.raises(ValueError, match="nowhere do not exist"):
+        run(write_png(tmp_path), tmp_path, lpips_weights=str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="device 'meta' cannot be used"):
+        run(write_png(tmp_path), tmp_path, device="meta")
+    with pytest.raises(ValueError, match="unknown kernel 'foo'; choose one of bridge"):
+        run(write_png(tmp_path), tmp_path, method="ud2m", method_fields={"kernel": "foo"})
+    with pytest.raises(ValueError, match="more than 64"):
+        settings(window=64)
+    assert not (tmp_path / "out").exists() or names(tmp_path) == set()
 
 
 def test_an_earlier_run_is_replaced_and_foreign_files_are_kept(tmp_path):

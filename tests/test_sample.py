@@ -213,6 +213,13 @@ def test_errors_are_one_line(fewstep, prior, tmp_path, monkeypatch, words, messa
 def test_unknown_tuners_are_refused(fewstep, prior, tmp_path):
     code, _, err = fewstep("tune", prior, "--method", "asy", "--out", tmp_path / "s.json")
     assert code == 2 and "did you mean ays" in err
+    code, _, err = fewstep("tune", prior, "--solver", "foo", "--out", tmp_path / "s.json")
+    assert code == 2 and "unknown method 'foo'" in err
+    code, _, err = fewstep("tune", prior, "--out", tmp_path)
+    assert code == 2 and "is a folder" in err
+    (tmp_path / "file").touch()
+    code, _, err = fewstep("sample", prior, "--out", tmp_path / "file")
+    assert code == 2 and "is a file" in err
 
 
 def test_a_prior_without_classes_says_so(tmp_path):

@@ -184,6 +184,8 @@ def test_exported_program_is_the_map(kind, scale, tmp_path):
     other = torch.export.load(export(sampler, tmp_path / "one.pt2")).module()
     for rows in (2, 70):
         assert off(program, sampler, rows) < 1e-5 < off(other, sampler, rows)
+    with pytest.raises(ValueError, match="at least 1"):
+        export(sampler, tmp_path / "none.pt2", steps=0)
     with pytest.raises(ValueError, match="score of its target"):
         export(MapSampler(sampler.whitened, GuidedMap(SCHEDULE, sampler.whitened)), tmp_path / "guided.pt2")
 

@@ -137,7 +137,9 @@ def test_bad_images_are_named(tmp_path):
     Image.fromarray(np.zeros((4, 5), np.uint8)).save(tmp_path / "a.jpg")
     assert [p.name for p in list_images(tmp_path)] == ["a.jpg", "b.png"]
     assert load_image(tmp_path / "a.jpg").shape == (3, 4, 5)
-    with pytest.raises(ValueError, match=r"b\.png cannot be read"):
+    Image.fromarray(np.full((4, 5), 40_000, np.uint16)).save(tmp_path / "deep.png")
+    assert int(load_image(tmp_path / "deep.png").median()) == round(40_000 / 65_535 * 255)
+    with pytest.raises(ValueError, match=r"b\.png is not an image that can be read"):
         load_image(tmp_path / "b.png")
     with pytest.raises(ValueError, match="too small"):
         RandomCrops([coded(4, 5)], (CropShape(1, 5),))
@@ -488,7 +490,8 @@ def test_train_prior_ends_with_a_prior_that_loads(tmp_path):
         ("warmup", "warm_up", "did you mean 'warmup'"),
         ("median", "zzz", "known keys"),
         ("holdout: 1", "", "lacks holdout"),
-        ("holdout: 1", "holdout: 3", "has 3 images"),
+        ("holdout: 1", "holdout: 3", "there are 3 images"),
+        ("holdout: 1", "holdout: one", "holdout is 'one'"),
         ("precision: bf16", "precision: fp16", "precision"),
         ("{median: 0.3}", "[1]", "mapping"),
         ("{median: 0.3}", "{", "cannot be read as a recipe"),

@@ -135,6 +135,10 @@ def test_clear_messages(function, error, said):
 def test_dim_is_asked_for_and_a_wrong_score_is_found():
     with pytest.raises(TypeError, match="dim"):
         as_target(lambda x: -x.square().sum(-1))
+    with pytest.raises(ValueError, match="dim must be at least 1"):
+        as_target(lambda x: -x.square().sum(-1), 0)
+    with pytest.raises(ValueError, match="must lie below the upper"):
+        as_target(lambda x: -x.square().sum(-1), 2, support=(1.0, 0.0))
     with pytest.raises(ValueError, match="score is not the gradient"):
         as_target(lambda x: -0.5 * x.square().sum(-1), 3, score=lambda x: -2 * x)
 

@@ -12,11 +12,29 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 from rich.markup import escape
+from typer.core import TyperGroup
 
 from fewstep.commands.density import density
 from fewstep.commands.extras import OperatorCommand, operator_options
 
+errors = Console(stderr=True, soft_wrap=True)
+console = Console(soft_wrap=True)
+
+
+class _Commands(TyperGroup):
+    """Says where an interrupted command stopped, which typer alone does not."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as stopped:
+            errors.print(escape(str(stopped) or "interrupted"), highlight=False)
+            raise typer.Exit(130) from None
+
+
 app = typer.Typer(
+    cls=_Commands,
     name="fewstep",
     help="Posterior samples of a photograph from a diffusion model in a few network calls, with honest uncertainty.",
     no_args_is_help=True,
@@ -26,8 +44,6 @@ app = typer.Typer(
 bench = typer.Typer(help="Benchmarks: what the methods give on problems whose answer is known.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 app.add_typer(density, name="density")
-errors = Console(stderr=True, soft_wrap=True)
-console = Console(soft_wrap=True)
 
 Sigma = Annotated[float | None, typer.Option(help="Noise standard deviation in units of [0, 1] images.")]
 Operator = Annotated[str | None, typer.Option(help="How the photograph was degraded; see `fewstep operators`.")]
@@ -310,9 +326,6 @@ def main() -> NoReturn:
             raise
         errors.print(f"[bold red]error:[/] {escape(' '.join(str(error).split()))}", highlight=False)
         sys.exit(2)
-    except KeyboardInterrupt:
-        errors.print("interrupted")
-        sys.exit(130)
     sys.exit(0)
 
 

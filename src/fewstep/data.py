@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
+
+from fewstep.images import read_photo
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
 
@@ -23,12 +25,8 @@ def list_images(folder: str | Path) -> list[Path]:
 
 
 def load_image(path: Path) -> Tensor:
-    """Return one image as uint8, (3, H, W); ValueError where the file cannot be read as an image."""
-    try:
-        with Image.open(path) as image:
-            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise ValueError(f"{path} cannot be read as an image ({error})") from None
+    """Return one image as uint8, (3, H, W), as `images.read_photo` reads it; ValueError where it cannot."""
+    return (read_photo(path).x[0] * 255).round().to(torch.uint8)
 
 
 def to_units(image: Tensor) -> Tensor:
@@ -81,6 +79,24 @@ class RandomCrops:
         top, left = (int(rng.integers(side - size + 1)) for side in image.shape[-2:])
         crop = torch.rot90(image[:, top : top + size, left : left + size], int(rng.integers(4)), (1, 2))
         return crop.flip(2) if rng.integers(2) else crop
+
+
+def crop_shapes(pairs: Any) -> tuple[CropShape, ...]:
+    """Return the shapes that a recipe gives as [[count, size], ...]; ValueError where it does not."""
+    try:
+        shapes = tuple(CropShape(int(count), int(size)) for count, size in pairs)
+    except (TypeError, ValueError):
+        shapes = ()
+    if not shapes or min(min(shape.count, shape.size) for shape in shapes) < 1:
+        raise ValueError(f"crops must be pairs of positive numbers, [[count, size], ...], got {pairs!r}")
+    return shapes
+
+
+def split(images: Sequence[Tensor], holdout: Any) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """Return all but the last `holdout` images, and those; ValueError where one part would be empty."""
+    if not isinstance(holdout, int) or not 0 < holdout < len(images):
+        raise ValueError(f"holdout is {holdout!r}, but there are {len(images)} images, of which some must be left")
+    return images[:-holdout], images[-holdout:]
 
 
 def center_crops(images: Sequence[Tensor], size: int) -> Tensor:

@@ -126,7 +126,7 @@ def _check_file(path: Path) -> None:
 
 
 def _from_pil(image: Image.Image, path: Path) -> Photo:
-    jpeg, grey, notes = image.format == "JPEG", image.mode in _GREY, []
+    jpeg, grey, notes = image.format in {"JPEG", "MPO"}, image.mode in _GREY, []
     upright = ImageOps.exif_transpose(image)
     if upright.size != image.size or upright.getexif().get(0x0112) != image.getexif().get(0x0112):
         notes.append("rotated as its EXIF orientation says")
@@ -175,6 +175,8 @@ def _read_array(path: Path) -> Photo:
         raise ValueError(f"{path} holds shape {tuple(x.shape)}, expected one image of 1 or 3 channels")
     if not bool(torch.isfinite(x).all()):
         raise ValueError(f"{path} holds NaN or infinite values")
+    if not -1 < float(x.median()) < 2:  # noise may carry single values out, half of them are in other units
+        raise ValueError(f"{path} holds values around {float(x.median()):.3g}, expected [0, 1]; rescale it")
     return Photo(x.expand(1, 3, -1, -1).contiguous(), path, grey=x.shape[1] == 1)
 
 
@@ -183,9 +185,11 @@ def _load_npy(path: Path) -> Tensor:
         array = np.load(path, allow_pickle=False)
     except ValueError as error:
         raise ValueError(f"{path} is no array that can be read ({error})") from None
-    if array.dtype.kind not in "fiu" or array.ndim not in (2, 3):
-        raise ValueError(f"{path} holds {array.dtype} of shape {array.shape}, expected numbers (H, W) or (H, W, 3)")
-    scale = np.iinfo(array.dtype).max if array.dtype.kind in "iu" else 1
+    if (array.dtype.kind != "f" and array.dtype not in (np.uint8, np.uint16)) or array.ndim not in (2, 3):
+        raise ValueError(
+            f"{path} holds {array.dtype} of shape {array.shape}, expected floats in [0, 1], uint8 or uint16, (H, W) or (H, W, 3)"
+        )
+    scale = 1 if array.dtype.kind == "f" else np.iinfo(array.dtype).max
     x = torch.from_numpy(np.asarray(array, dtype=np.float32) / np.float32(scale))
     return (x[None] if x.ndim == 2 else x.permute(2, 0, 1))[None]
 
@@ -200,5 +204,8 @@ def _load_safetensors(path: Path) -> Tensor:
         raise ValueError(f"{path} is no safetensors file that can be read ({error})") from None
     if "y" not in tensors and len(tensors) != 1:
         raise ValueError(f"{path} holds {sorted(tensors)}, expected one tensor or one called 'y'")
-    x = (tensors["y"] if "y" in tensors else next(iter(tensors.values()))).float()
+    x = tensors["y"] if "y" in tensors else next(iter(tensors.values()))
+    if not x.is_floating_point() and x.dtype != torch.uint8:
+        raise ValueError(f"{path} holds {x.dtype}, expected floats in [0, 1] or uint8")
+    x = x.float() if x.is_floating_point() else x / 255
     return x[None] if x.ndim == 3 else x

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
 import re
 from dataclasses import dataclass, field
@@ -73,8 +74,20 @@ class Truth:
         return out
 
 
+def check_free(folder: Path, source: Path) -> None:
+    """Raise ValueError where a restoration of `source` into `folder` would replace it, or a file that none wrote."""
+    if source.resolve().parent == folder.resolve() and _OURS.fullmatch(source.name):
+        raise ValueError(f"{source} would be replaced by a file of the result: choose another folder than {folder}")
+    others = [] if (folder / RESULT).is_file() else [p.name for p in folder.iterdir() if _OURS.fullmatch(p.name)]
+    if others:
+        raise ValueError(f"{folder} holds {min(others)}, which no restoration wrote: choose another folder")
+
+
 def clear(folder: Path) -> None:
     """Remove what an earlier run left in `folder`, recognised by its result.json; other files are not touched."""
+    for left in folder.glob("samples.partial-*"):
+        if left.name != f"samples.partial-{os.getpid()}":
+            left.unlink()
     if not (folder / RESULT).is_file():
         return
     for path in folder.iterdir():

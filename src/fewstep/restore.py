@@ -25,6 +25,7 @@ from fewstep.outputs import (
     REPORT,
     RESULT,
     Truth,
+    check_free,
     clear,
     device_name,
     std_map,
@@ -77,11 +78,12 @@ def restore(
 
     It writes measurement.png, sample-00.png, ..., samples.safetensors, mean.png, std.png, interval-low.png,
     interval-high.png, interval-width.png, report.html and result.json, each whole or not at all. After an interruption
-    (KeyboardInterrupt) the finished samples are kept and summarised, and `Result.interrupted` is true.
+    (KeyboardInterrupt) the finished samples are kept and summarised, and `Result.interrupted` is true. What an earlier run wrote
+    is there until the first sample of this one is drawn.
 
     Args:
         path: an image file.
-        out: a folder, made where it is missing; what an earlier run wrote there is replaced.
+        out: a folder, made where it is missing; what an earlier run wrote there is replaced, files of others are refused.
         chosen: how; the defaults where None.
         progress: called after every step.
         prior: used instead of `chosen.prior`.
@@ -101,12 +103,11 @@ def restore(
     task = replace(task, likelihood=_in_channels(task.likelihood, denoiser))
     problem = Posterior(denoiser, task.likelihood)
     sampler.check(problem, chosen.samples)
+    if chosen.lpips_weights is not None and not Path(chosen.lpips_weights).exists():
+        raise ValueError(f"LPIPS weights {chosen.lpips_weights} do not exist")
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    clear(folder)
-    save_image(task.shown, folder / "measurement.png", grey=photo.grey)
-    if task.truth is not None:
-        save_image(task.truth, folder / "truth.png", grey=photo.grey)
+    check_free(folder, photo.path)
     return _Run(folder, chosen, sampler, task, problem, progress).result()
 
 
@@ -157,7 +158,9 @@ def pick_device(name: str | None) -> torch.device:
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.zeros((), device=name).device
+        probe = torch.zeros((), device=name)
+        probe.item()  # a device without data, "meta", has none
+        return probe.device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
 
@@ -193,6 +196,10 @@ class _Run:
             calibration = verdict.calibration if verdict else None
             summary = store.summary(self.output, self.chosen.level, calibration) if store.count else None
         record = self._record(store, summary, interrupted, verdict)
+        if summary is None:
+            if (self.folder / RESULT).is_file():
+                return Result(self.folder, record, None)  # what an earlier run wrote stays
+            self._begin()
         self._write_report(record, summary)
         write_json(self.folder / RESULT, record)
         return Result(self.folder, record, summary)
@@ -214,12 +221,23 @@ class _Run:
         for part in self.sampler.stream(
             self.problem, self.chosen.samples, seed=self.chosen.seed, chunk=self._chunk(), callback=self._report
         ):
+            if not store.count:
+                self._begin()
             for number, x in enumerate(part.x, part.first):
                 sample = self.output(x.float().cpu())
                 save_image(sample, self.folder / f"sample-{number:02d}.png", grey=self.task.photo.grey)
                 self.scores.see(sample)
                 self.sample = sample if self.sample is None else self.sample
             store.append(part)
+
+    def _begin(self) -> None:
+        """Make room for the results of this run, now that there are some, and write what they came from."""
+        task = self.task
+        clear(self.folder)
+        write_json(self.folder / RESULT, {"input": str(task.photo.path), "num_samples": 0, "interrupted": True})
+        save_image(task.shown, self.folder / "measurement.png", grey=task.photo.grey)
+        if task.truth is not None:
+            save_image(task.truth, self.folder / "truth.png", grey=task.photo.grey)
 
     def _chunk(self) -> int:
         """Return how many samples run together: the bound on memory, without any effect on the result."""

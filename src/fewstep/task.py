@@ -81,8 +81,8 @@ class Settings:
             raise ValueError(f"samples must be at least 1, got {self.samples}")
         if not 0 < self.level < 1:
             raise ValueError(f"level must lie in (0, 1), got {self.level}")
-        if self.window < 64:
-            raise ValueError(f"windows must have at least 64 pixels per side, got {self.window}")
+        if self.window <= 64:
+            raise ValueError(f"windows must have more than 64 pixels per side, got {self.window}")
         if not isinstance(self.seed, int) or self.seed < 0:
             raise ValueError(f"seed must be a number from 0, got {self.seed}")
 
@@ -208,7 +208,11 @@ def word_of(photo: Photo, chosen: Settings) -> Operator:
         return build_word(chosen.operator, chosen.operator_fields)
     if photo.jpeg and not chosen.simulate:
         return build_word(JPEG, chosen.operator_fields)
-    why = "is to be degraded" if chosen.simulate else "is no JPEG, whose compression would be recognised"
+    why = (
+        "is to be degraded"
+        if chosen.simulate
+        else "is no JPEG that lies as it is stored, whose compression would be recognised"
+    )
     raise ValueError(f"{photo.path} {why}: give --operator, one of {', '.join(operators())}")
 
 

@@ -203,7 +203,7 @@ class Trainer:
         """
         model = self.run(resume)
         if not self.finished:
-            raise KeyboardInterrupt(f"stopped after step {self.step} of {self.options.steps}")
+            raise KeyboardInterrupt(f"stopped after step {self.step} of {self.options.steps}; the same command goes on")
         return model
 
     def save(self) -> None:

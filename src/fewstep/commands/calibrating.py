@@ -41,6 +41,8 @@ def run(  # noqa: PLR0913 - one parameter is one option
     """
     sampler = build_sampler(Settings(method=METHOD, method_fields={**fields, "network": network}))
     assert isinstance(sampler, UnfoldedSampler) and sampler.folder is not None
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1, got {limit}")
     place = pick_device(device)
     sampler.unfolded().to(place)
     prior = open_prior(str(read_header(sampler.folder)["prior"])).to(place)

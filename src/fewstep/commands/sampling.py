@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fewstep.core.denoiser import Denoiser
+from fewstep.core.files import check_target
 from fewstep.core.likelihood import FlatLikelihood
 from fewstep.core.multistep import Solver
 from fewstep.core.problem import Posterior
@@ -120,6 +121,9 @@ def sample(
     """
     if out is None and grid_image is None:
         raise ValueError("nothing would be kept: give --out, --grid-image or both")
+    for path in (grid_image, None if out is None else out / "samples.safetensors"):
+        if path is not None:
+            check_target(path)
     solver, problem = drawing.sampler(), source.problem()
     if grid_image is not None and (
         len(problem.likelihood.event_shape) != 3 or problem.likelihood.event_shape[0] not in (1, 3)
@@ -166,6 +170,7 @@ def tune(  # noqa: PLR0913 - one parameter is one option
     """
     if method not in TUNERS:
         raise ValueError(f"unknown method {method!r}; {suggestion(method, TUNERS)}")
+    check_target(out)
     tuner = TUNERS[method](**typed_fields(TUNERS[method], fields or {}, f"method {method}"))
     task = Task(source.problem(), steps, solver, seed)
     with progress(console, method, quiet) as report:

@@ -26,6 +26,15 @@ def library_version() -> str:
     return __version__
 
 
+def check_target(path: Path) -> None:
+    """Raise ValueError where a file cannot come to stand at `path`, before any work is done for it."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, not a file to write")
+    blocked = next((parent for parent in path.parents if parent.exists() and not parent.is_dir()), None)
+    if blocked is not None:
+        raise ValueError(f"{path} cannot be written: {blocked} is a file")
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """Write `data` to `path` so that a reader meets the old file or the new one, never a part."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")

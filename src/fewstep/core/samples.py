@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
+from fewstep.core.files import write_bytes
 from fewstep.core.likelihood import Counts
 
 
@@ -91,9 +91,7 @@ class Samples:
             "counts": json.dumps(vars(self.counts)),
             "seconds": str(self.seconds),
         }
-        partial = path.with_suffix(f".partial-{os.getpid()}")
-        save_file({"x": self.x.contiguous().cpu()}, partial, metadata=header)
-        os.replace(partial, path)
+        write_bytes(path, save({"x": self.x.contiguous().cpu()}, metadata=header))
         return path
 
     @classmethod

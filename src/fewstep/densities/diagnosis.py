@@ -134,8 +134,10 @@ def diagnose(draws: Draws, target: TargetDensity, *, rows: int = ROWS, level: fl
         level: probability of the interval of log Z.
 
     Raises:
-        ValueError: another number of dimensions, or too few finite draws.
+        ValueError: another number of dimensions, too few finite draws or rows, or a level outside (0, 1).
     """
+    if rows < 2:
+        raise ValueError(f"distances need at least 2 rows, got {rows}")
     x = draws.x[draws.x.isfinite().all(1)]
     if draws.x.shape[1] != target.dim:
         raise ValueError(f"the draws have {draws.x.shape[1]} dimensions, the density has {target.dim}")
@@ -163,7 +165,13 @@ def spread(x: Tensor, rows: int) -> Tensor:
 
 
 def summary(draws: Draws, level: float = 0.95) -> dict[str, Any]:
-    """Return the costs and what the weights say, as JSON takes it; what their kind does not allow is left out."""
+    """Return the costs and what the weights say, as JSON takes it; what their kind does not allow is left out.
+
+    Raises:
+        ValueError: `level` outside (0, 1).
+    """
+    if not 0 < level < 1:
+        raise ValueError(f"level must lie in (0, 1), got {level}")
     found: dict[str, Any] = {
         "draws": len(draws),
         "kind": draws.kind,

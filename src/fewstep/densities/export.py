@@ -18,7 +18,7 @@ class Program(nn.Module):
         steps: how often the map is applied.
 
     Raises:
-        ValueError: the map calls the target, or has no jumps and more than one step is asked for.
+        ValueError: the map calls the target, or has no jumps and more than one step is asked for, or fewer than one are.
     """
 
     times: Tensor
@@ -29,6 +29,8 @@ class Program(nn.Module):
             raise ValueError(
                 "this map calls the score of its target, which cannot be exported with it; distil it first"
             )
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1, got {steps}")
         if sampler.renoise and steps > 1:
             raise ValueError("steps that noise their samples again are no deterministic map; export one step")
         self.map, self.whitened = sampler.flow_map, sampler.whitened

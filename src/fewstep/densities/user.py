@@ -119,7 +119,8 @@ def as_target(
 
     Raises:
         TypeError: a callable that takes neither form, or dim is missing.
-        ValueError: no finite value, a gradient that is not that of log_prob, or a density without a normaliser.
+        ValueError: a dim below 1, a support without room, no finite value,
+            a gradient that is not that of log_prob, or a density without a normaliser.
     """
     if isinstance(log_prob, TargetDensity):
         if dim not in (None, log_prob.dim):
@@ -127,6 +128,10 @@ def as_target(
         return log_prob
     if dim is None:
         raise TypeError("a log_prob that is a plain callable needs dim, the number of coordinates")
+    if dim < 1:
+        raise ValueError(f"dim must be at least 1, got {dim}")
+    if support is not None and not bool((torch.as_tensor(support[0]) < torch.as_tensor(support[1])).all()):
+        raise ValueError(f"the lower end of a support must lie below the upper one, got {support}")
     x = probes(dim, support)
     batched, dtype = _batched(log_prob, x, (), "log_prob")
     own = None if score is None else _batched(score, x if dtype is None else x.to(dtype), (dim,), "score")[0]

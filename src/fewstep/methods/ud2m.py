@@ -63,6 +63,7 @@ class UD2M(UnfoldedSampler):
     }
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         idle = [f.name for f in fields(self) if f.name in UNTRAINED and getattr(self, f.name) != f.default]
         if self.network and idle:
             raise ValueError(f"the trained network {self.network!r} has its own {', '.join(idle)}: give none beside it")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from fewstep.operators.image import deepinv_physics
 
+_LARGEST = 4096  # pixels along the edge of a kernel: a word more would only fill the memory
+
 
 def gaussian_kernel(width: float, size: int | None = None) -> Tensor:
     """Return an isotropic Gaussian, (1, 1, size, size), in float64.
@@ -20,8 +23,8 @@ def gaussian_kernel(width: float, size: int | None = None) -> Tensor:
         width: its standard deviation in pixels; positive.
         size: odd edge length; four standard deviations to each side when absent.
     """
-    if not width > 0:
-        raise ValueError(f"the width of a Gaussian kernel must be positive, got {width}")
+    if not 0 < width <= _LARGEST / 8:
+        raise ValueError(f"the width of a Gaussian kernel must be positive and at most {_LARGEST // 8}, got {width}")
     size = size or 2 * max(1, int(np.ceil(4 * width))) + 1
     offsets = torch.arange(size, dtype=torch.float64) - (size - 1) / 2
     profile = torch.exp(-0.5 * (offsets / width) ** 2)
@@ -30,8 +33,8 @@ def gaussian_kernel(width: float, size: int | None = None) -> Tensor:
 
 def uniform_kernel(size: int) -> Tensor:
     """Return a box, (1, 1, size, size), in float64."""
-    if size < 1:
-        raise ValueError(f"the size of a kernel must be at least 1, got {size}")
+    if not 1 <= size <= _LARGEST:
+        raise ValueError(f"the size of a kernel must be from 1 to {_LARGEST}, got {size}")
     return normalise(torch.ones(size, size, dtype=torch.float64))
 
 
@@ -46,8 +49,8 @@ def motion_kernel(size: int, seed: int = 0, length: float = 0.3, spread: float =
         length: length scale of the process in units of its duration; larger is straighter.
         spread: standard deviation of the process in units of half the kernel; larger is longer.
     """
-    if size < 2:
-        raise ValueError(f"the size of a motion kernel must be at least 2, got {size}")
+    if not 2 <= size <= _LARGEST:
+        raise ValueError(f"the size of a motion kernel must be from 2 to {_LARGEST}, got {size}")
     if not (length > 0 and spread > 0):
         raise ValueError(f"length and spread must be positive, got {length} and {spread}")
     kind = deepinv_physics().generator.MotionBlurGenerator
@@ -114,12 +117,13 @@ def _from_npy(path: Path) -> list[np.ndarray]:
 
 def _from_mat(path: Path) -> list[np.ndarray]:
     from scipy.io import loadmat  # slow to import, needed here only
+    from scipy.io.matlab import MatReadError
 
     try:
         content = loadmat(path)
     except NotImplementedError:  # scipy says so of version 7.3, which is HDF5
         return _from_hdf5(path)
-    except (ValueError, OSError, TypeError) as error:
+    except (ValueError, OSError, TypeError, IndexError, zlib.error, MatReadError) as error:
         raise ValueError(f"{path} cannot be read as a mat file ({error})") from None
     found: list[np.ndarray] = []
     for name, value in content.items():

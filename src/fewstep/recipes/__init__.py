@@ -99,7 +99,7 @@ def prior_trainer(recipe: PriorRecipe, data: str | Path, out: str | Path, steps:
     """
     import torch
 
-    from fewstep.data import CropShape, RandomCrops, list_images, load_image
+    from fewstep.data import RandomCrops, crop_shapes, list_images, load_image, split
     from fewstep.objectives.denoising import DenoisingScoreMatching
     from fewstep.priors.unet import UNetConfig, UNetDenoiser
     from fewstep.recipes.validation import DenoisingPSNR
@@ -110,19 +110,17 @@ def prior_trainer(recipe: PriorRecipe, data: str | Path, out: str | Path, steps:
     config = build(UNetConfig, recipe.network, "network")
     objective = build(DenoisingScoreMatching, recipe.objective, "objective")
     images = [load_image(path) for path in list_images(data)]
-    if not 0 < recipe.holdout < len(images):
-        raise ValueError(f"holdout is {recipe.holdout}, but {data} has {len(images)} images")
-    crops = tuple(CropShape(*shape) for shape in recipe.crops)
+    training, held_out = split(images, recipe.holdout)
     with torch.random.fork_rng():
         torch.manual_seed(options.seed)
         model = UNetDenoiser(config)
     return Trainer(
         model=model,
         objective=objective,
-        data=RandomCrops(images[: -recipe.holdout], crops, options.seed),
+        data=RandomCrops(training, crop_shapes(recipe.crops), options.seed),
         out=Path(out),
         options=options,
-        validate=build(DenoisingPSNR, recipe.validation, "validation").on(images[-recipe.holdout :]),
+        validate=build(DenoisingPSNR, recipe.validation, "validation").on(held_out),
         export=partial(UNetDenoiser.save, folder=Path(out) / "prior"),
         describe={
             "network": asdict(config),

@@ -14,7 +14,7 @@ from torch import nn
 
 from fewstep.core.denoiser import Denoiser
 from fewstep.core.noise import seeded
-from fewstep.data import CropShape, RandomCrops, list_images, load_image
+from fewstep.data import RandomCrops, crop_shapes, list_images, load_image, split
 from fewstep.measurements import Family, SimulatedMeasurements
 from fewstep.metrics import LPIPS_VARIABLE, Missing, lpips_net
 from fewstep.objectives.adversarial import Critic, CriticConfig
@@ -116,9 +116,8 @@ class UD2MRecipe:
             raise ValueError(f"a {type(prior).__name__} cannot be adapted by this recipe; it takes a UNetDenoiser")
         objective, network = self.losses(prior, device), self.unfolded(prior, options.seed)
         images = [load_image(path) for path in list_images(data)]
-        if not 0 < self.holdout < len(images):
-            raise ValueError(f"holdout is {self.holdout}, but {data} has {len(images)} images")
-        crops = RandomCrops(images[: -self.holdout], tuple(CropShape(*s) for s in self.crops), options.seed)
+        training, held_out = split(images, self.holdout)
+        crops = RandomCrops(training, crop_shapes(self.crops), options.seed)
         figures = build(SamplingFigures, self.validation, "validation")
         facts = {
             "prior": self.prior,
@@ -133,7 +132,7 @@ class UD2MRecipe:
             data=SimulatedMeasurements(crops, families, str(device)),
             out=Path(out),
             options=options,
-            validate=figures.on(images[-self.holdout :], families, prior, str(device)),
+            validate=figures.on(held_out, families, prior, str(device)),
             export=partial(_export, out=Path(out), prior=prior, facts=facts),
             describe={**_numbers(self), "training": {"seed": options.seed}},
         )

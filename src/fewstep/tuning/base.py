@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -39,12 +39,20 @@ class Task:
         steps: steps of the schedule.
         solver: name of the solver that it is for.
         seed: of everything drawn.
+
+    Raises:
+        ValueError: an unknown solver, or one that is no table of coefficients.
     """
 
     problem: Posterior
     steps: int
     solver: str = "dpmpp"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        kind = get(self.solver, "solvers")
+        if not issubclass(kind, MultistepSolver):
+            raise ValueError(f"{self.solver} is no multistep solver, and its times are not tuned here")
 
     @property
     def schedule(self) -> Schedule:
@@ -58,15 +66,8 @@ class Task:
         return Noise(seeds, likelihood.dtype, likelihood.device)
 
     def make(self, times: tuple[float, ...] | str, steps: int | None = None, **settings: Any) -> MultistepSolver:
-        """Return the solver on given times.
-
-        Raises:
-            ValueError: it is no table of coefficients.
-        """
-        solver = get(self.solver, "solvers")(steps=steps or self.steps, grid=times, **settings)
-        if not isinstance(solver, MultistepSolver):
-            raise ValueError(f"{self.solver} is no multistep solver, and its times are not tuned here")
-        return solver
+        """Return the solver on given times."""
+        return cast(MultistepSolver, get(self.solver, "solvers")(steps=steps or self.steps, grid=times, **settings))
 
     def draw(self, solver: Solver, count: int, *words: int) -> tuple[Tensor, Tensor]:
         """Return starts at t = 1 and the samples that `solver` makes of them, (count, *event) each."""

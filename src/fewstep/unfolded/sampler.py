@@ -61,6 +61,10 @@ class UnfoldedSampler(GuidedSampler):
         """See `GuidedSampler`; the network may start from the previous estimate."""
         return self.unfolded().to(state.x.device)(problem, state.x, t, noise, state.memory)
 
+    def __post_init__(self) -> None:
+        if self.kernel not in KERNELS:
+            raise ValueError(f"unknown kernel {self.kernel!r}; choose one of {', '.join(KERNELS)}")
+
     def shares(self, schedule: Schedule, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         """See `GuidedSampler`."""
         return KERNELS[self.kernel](schedule, t, s, self.eta)

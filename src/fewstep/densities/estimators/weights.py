@@ -63,7 +63,7 @@ def log_z_interval(
         raise ValueError("an interval needs at least two independent groups of draws")
     least = math.log(2 * tail) if signs is None else -math.inf
     k = pareto_k(log_weights) if group == 1 else -math.inf
-    if not math.isfinite(centre) or k > limit(count):
+    if not math.isfinite(centre) or not k <= limit(count):  # NaN: too few draws to tell
         return centre + least, math.inf
     ratio = totals / totals.mean()
     error = float(ratio.std()) / math.sqrt(count)
