@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import fewstep.restore as restoring
@@ -159,6 +160,16 @@ def test_simulate_then_restore(fewstep, tmp_path):
     assert y.shape == (1, 3, 24, 32) and not torch.equal(y, (y * 255).round() / 255)
     few = ["--samples", "1", "--steps", "2", "--out", tmp_path / "out"]
     assert fewstep("restore", tmp_path / "sim" / "measurement.safetensors", *words, *few)[0] == 0
+
+
+def test_a_simulated_jpeg_is_a_file_that_is_restored(fewstep, tmp_path):
+    words = ["--operator", "jpeg", "--quality", "20", "--out", tmp_path / "sim"]
+    assert fewstep("simulate", write_png(tmp_path), *words)[0] == 0
+    shown = Image.open(tmp_path / "sim" / "measurement.png")
+    with Image.open(tmp_path / "sim" / "measurement.jpg") as image:
+        assert image.convert("RGB").tobytes() == shown.tobytes()
+    few = ["--samples", "1", "--steps", "2", "--out", tmp_path / "out"]
+    assert fewstep("restore", tmp_path / "sim" / "measurement.jpg", *few)[0] == 0
 
 
 def test_methods_table_equals_the_folder(fewstep):

@@ -117,7 +117,7 @@ def simulate(
     sigma: Sigma = None,
     seed: Seed = 0,
 ) -> None:
-    """Degrade a photograph: writes measurement.png, measurement.safetensors (exact, floating point) and truth.png."""
+    """Degrade a photograph: writes measurement.png, the exact measurement.safetensors or measurement.jpg, and truth.png."""
     from fewstep.commands.simulating import run
 
     run(path, out, operator, operator_options(context), sigma, seed)

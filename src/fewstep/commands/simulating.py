@@ -15,17 +15,15 @@ from fewstep.task import Settings, prepare
 
 
 def run(path: Path, out: Path, operator: str, fields: Mapping[str, Any], sigma: float | None, seed: int) -> None:
-    """Write measurement.png, measurement.safetensors (tensor "y"), truth.png and simulation.json into `out`."""
-    from safetensors.torch import save
-
+    """Write measurement.png, measurement.safetensors (tensor "y") or measurement.jpg, truth.png and simulation.json into `out`."""
     chosen = Settings(operator=operator, operator_fields=fields, sigma=sigma, seed=seed, simulate=True)
     photo = read_photo(path)
     task = prepare(photo, chosen, torch.device("cpu"))
     out.mkdir(parents=True, exist_ok=True)
     save_image(task.shown, out / "measurement.png", grey=photo.grey)
     save_image(task.photo.x, out / "truth.png", grey=photo.grey)
-    if isinstance(task.y, torch.Tensor):
-        write_bytes(out / "measurement.safetensors", save({"y": task.y.contiguous()}))
+    name, data = task.word.stored(photo.x[:, :1] if photo.grey else photo.x, task.y)
+    write_bytes(out / name, data)
     word, notes = task.word.describe(), list(task.photo.notes)
     record = {"input": str(path), "operator": word, "sigma": task.sigma, "seed": seed, "notes": notes}
     write_json(out / "simulation.json", record)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
+from safetensors.torch import save
 from torch import Tensor
 
 from fewstep.core.likelihood import Likelihood
@@ -76,6 +77,10 @@ class Operator(ABC):
             raise ValueError(f"sigma must not be negative, got {sigma}")
         noise = Noise([mix(seed, b, 1) for b in range(y.shape[0])], y.dtype, y.device)
         return y + levels.to(y.device) * self._seen(noise.randn_like(y), physics)
+
+    def stored(self, x: Tensor, y: Any) -> tuple[str, bytes]:
+        """Return name and contents of a file that holds y, simulated from x, exactly, as `read` takes it."""
+        return "measurement.safetensors", save({"y": y.contiguous()})
 
     def baseline(self, y: Any, image_shape: Shape | None = None) -> Tensor:
         """Return the image to beat, (B, C, H, W) in [0, 1]: y itself."""

@@ -22,7 +22,7 @@ from fewstep.operators import kernels
 from fewstep.operators.base import WORDS, Operator, Shape, option, register, shape_of
 from fewstep.operators.estimate import estimate_sigma
 from fewstep.operators.image import check_kernel, deepinv_physics, image_likelihood
-from fewstep.operators.jpeg import JpegLikelihood, JpegMeasurement, encode, gaussian_jpeg, settings_of
+from fewstep.operators.jpeg import JpegLikelihood, JpegMeasurement, encode, encoded, gaussian_jpeg, settings_of
 
 __all__ = ["Operator", "estimate_sigma", "get_operator", "operators"]
 
@@ -335,6 +335,10 @@ class Jpeg(Operator):
         if bool((torch.as_tensor(sigma) != 0).any()):
             raise ValueError("jpeg takes no sigma: quantisation is its only noise")
         return self.build(shape_of(x))(x)
+
+    def stored(self, x: Tensor, y: Any) -> tuple[str, bytes]:
+        """See `Operator`; encoding again gives the same file."""
+        return "measurement.jpg", encoded(x, self.quality, self.subsampling)[0]
 
     def seen(self, y: Any) -> Jpeg:
         """See `Operator`; the quality is that of the nearest of libjpeg's tables."""
