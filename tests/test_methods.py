@@ -51,6 +51,15 @@ def test_squared_dps_is_affine_and_keeps_the_contract():
     check_sampler(fewstep.get("dps").preset("squared", steps=6))
 
 
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [("pigdm", {"eta": 1.1}), ("ud2m", {"eta": -0.1}), ("diffpir", {"lam": -1.0}), ("diffpir", {"zeta": 5.0})],
+)
+def test_fields_out_of_range_are_refused(name, fields):
+    with pytest.raises(ValueError, match="must"):
+        fewstep.get(name)(**fields)
+
+
 def test_all_twelve_are_there():
     want = {"cm4ir", "daps", "ddnm", "ddrm", "dds", "diffpir", "dps", "latino", "mmps", "pigdm", "pnp_dm", "red_diff"}
     assert want <= set(fewstep.available())

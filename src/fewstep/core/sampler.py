@@ -203,6 +203,10 @@ class GuidedSampler(DiffusionSampler):
     eta: float
     prediction: ClassVar[str]
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"eta must lie in [0, 1], got {self.eta}")
+
     @abstractmethod
     def predict_x0(self, problem: Posterior, x_t: Tensor, t: Tensor, noise: Noise) -> Tensor:
         """Return a mean or a draw of p(x_0 | x_t, y), (N, *event); `t` is ()."""

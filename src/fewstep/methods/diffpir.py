@@ -49,6 +49,10 @@ class DiffPIR(DiffusionSampler):
         "2305.08995",
     )
 
+    def __post_init__(self) -> None:
+        if not (self.lam > 0 and 0 <= self.zeta <= 1):
+            raise ValueError(f"lam must be positive and zeta in [0, 1], got {self.lam} and {self.zeta}")
+
     @property
     def nfe(self) -> int:
         """See `Sampler`."""

@@ -62,6 +62,7 @@ class UnfoldedSampler(GuidedSampler):
         return self.unfolded().to(state.x.device)(problem, state.x, t, noise, state.memory)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.kernel not in KERNELS:
             raise ValueError(f"unknown kernel {self.kernel!r}; choose one of {', '.join(KERNELS)}")
 
