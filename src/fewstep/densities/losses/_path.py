@@ -14,8 +14,8 @@ from fewstep.core.density import TargetDensity
 from fewstep.core.noise import Noise
 from fewstep.core.objective import Objective
 from fewstep.densities.estimators import weights
-from fewstep.densities.networks import ControlNet
-from fewstep.densities.paths import Kernels, log_forward, simulate
+from fewstep.densities.networks import Control, ControlNet
+from fewstep.densities.paths import Kernels, Paths, log_forward, simulate
 
 LOWEST = -1e8  # paths of smaller log-weight say nothing but that the target could not be evaluated
 
@@ -60,9 +60,9 @@ class PathLoss(Objective):
         return self.value(control, log_w), {**figures, "usable": share}
 
 
-def detached_log_weights(loss: PathLoss, control: ControlNet, noise: Noise) -> Tensor:
-    """Return log-weights whose paths are constants: the control is evaluated at all their points in one call."""
+def detached_paths(target: TargetDensity, control: Control, kernels: Kernels, noise: Noise) -> tuple[Tensor, Paths]:
+    """Return log-weights of paths that are constants, and the paths: the control is called at all their points at once."""
     with torch.no_grad():
-        paths = simulate(control, loss.kernels, noise, keep=True)
-        fixed = loss.target.log_prob(paths.y).double() + paths.backward
-    return fixed - log_forward(control, loss.kernels, paths)
+        paths = simulate(control, kernels, noise, keep=True)
+        fixed = target.log_prob(paths.y).double() + paths.backward
+    return fixed - log_forward(control, kernels, paths), paths

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fewstep.core.noise import Noise
-from fewstep.densities.losses._path import PathLoss, detached_log_weights
+from fewstep.densities.losses._path import PathLoss, detached_paths
 from fewstep.densities.networks import ControlNet
 
 
@@ -21,7 +21,7 @@ class LogVariance(PathLoss):
 
     def log_weights(self, control: ControlNet, noise: Noise) -> Tensor:
         """See `PathLoss`."""
-        return detached_log_weights(self, control, noise)
+        return detached_paths(self.target, control, self.kernels, noise)[0]
 
     def value(self, control: ControlNet, log_w: Tensor) -> Tensor:
         """See `PathLoss`."""

@@ -24,7 +24,7 @@ from fewstep.core.noise import Noise
 from fewstep.core.objective import Objective
 from fewstep.densities.losses._path import LOWEST
 from fewstep.densities.networks import Control, Moments
-from fewstep.densities.paths import Kernels, Paths, log_forward, simulate
+from fewstep.densities.paths import Kernels, Paths
 from fewstep.densities.students._maps import GuidedMap
 from fewstep.densities.students.cdds import Followed
 
@@ -117,11 +117,3 @@ class SelfDistillation(Objective):
         times = (grid[start], grid[start + stride // 2], grid[start + stride])
         loss = self.consistency(learner, y[usable], (times[0][usable], times[1][usable], times[2][usable]), noise)
         return loss, {}
-
-
-def detached_paths(target: TargetDensity, control: Shortest, kernels: Kernels, noise: Noise) -> tuple[Tensor, Paths]:
-    """Return log-weights of paths that are constants, and the paths."""
-    with torch.no_grad():
-        paths = simulate(control, kernels, noise, keep=True)
-        fixed = target.log_prob(paths.y).double() + paths.backward
-    return fixed - log_forward(control, kernels, paths), paths

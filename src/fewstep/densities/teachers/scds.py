@@ -14,10 +14,11 @@ from fewstep.core.objective import Objective
 from fewstep.core.reference import Reference
 from fewstep.core.schedule import VariancePreserving
 from fewstep.densities.base import DensitySampler
+from fewstep.densities.losses._path import detached_paths
 from fewstep.densities.paths import Paths, exponential
 from fewstep.densities.students._maps import GuidedMap, MapConfig
 from fewstep.densities.students._sampler import MapSampler
-from fewstep.densities.students._self import Learner, SelfDistillation, Shortest, detached_paths
+from fewstep.densities.students._self import Learner, SelfDistillation, Shortest
 from fewstep.densities.teachers._base import Teacher
 from fewstep.densities.whitened import Whitened
 
