@@ -343,7 +343,7 @@ def test_fields_and_noise_are_drawn_as_the_recipe_says():
         ({"matching": {"medan": 1}}, "did you mean 'median'"),
         ({"weights": {"matching": 1}, "fake": {"rnk": 4}}, "did you mean 'rank'"),
         ({"network": {"levels": {"iteration": 2}}}, "did you mean 'iterations'"),
-        ({"holdout": 3}, "has 3 images"),
+        ({"holdout": 3}, "there are 3 images"),
         ({"kind": "ud3m"}, "unknown kind"),
     ],
 )
