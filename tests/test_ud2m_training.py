@@ -397,7 +397,7 @@ def likelihood_of(word, fields, size=24):
     options = {"dtype": torch.float64} if word == "jpeg" else {}
     if word == "jpeg" and not fields["step_std"]:
         options["tol"] = 1e-6  # of the projection
-    return operator.likelihood(operator.simulate(x, sigma), None, sigma or None, **options), 2 * x - 1
+    return operator.likelihood(operator.simulate(x, sigma, seed=1), None, sigma or None, **options), 2 * x - 1
 
 
 def slopes(likelihood, x):
@@ -432,7 +432,7 @@ def slopes(likelihood, x):
 )
 def test_gradients_pass_through_every_prox(word, fields):
     found, expected = slopes(*likelihood_of(word, fields))
-    assert found == pytest.approx(expected, rel=2e-3) and abs(expected) > 0.05
+    assert found == pytest.approx(expected, rel=2e-3) and abs(expected) > 0.1
 
 
 def test_a_straight_gradient_through_jpeg_is_found():

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fewstep.operators.image import deepinv_physics
 
-_LARGEST = 4096  # pixels along the edge of a kernel: a word more would only fill the memory
+_LARGEST = 4096  # pixels along the edge of a kernel: more would fill the memory
 
 
 def gaussian_kernel(width: float, size: int | None = None) -> Tensor:

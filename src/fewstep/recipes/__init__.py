@@ -97,8 +97,7 @@ def prior_trainer(recipe: PriorRecipe, data: str | Path, out: str | Path, steps:
 
     Every process starts from the same weights, drawn from the recipe's seed.
     """
-    import torch
-
+    from fewstep.core.noise import seeded
     from fewstep.data import RandomCrops, crop_shapes, list_images, load_image, split
     from fewstep.objectives.denoising import DenoisingScoreMatching
     from fewstep.priors.unet import UNetConfig, UNetDenoiser
@@ -111,11 +110,8 @@ def prior_trainer(recipe: PriorRecipe, data: str | Path, out: str | Path, steps:
     objective = build(DenoisingScoreMatching, recipe.objective, "objective")
     images = [load_image(path) for path in list_images(data)]
     training, held_out = split(images, recipe.holdout)
-    with torch.random.fork_rng():
-        torch.manual_seed(options.seed)
-        model = UNetDenoiser(config)
     return Trainer(
-        model=model,
+        model=seeded(lambda: UNetDenoiser(config), options.seed),
         objective=objective,
         data=RandomCrops(training, crop_shapes(recipe.crops), options.seed),
         out=Path(out),
