@@ -13,7 +13,17 @@ from fewstep.core.schedule import Brownian, Cosine, VarianceExploding, VarianceP
 from fewstep.densities.base import load_density_sampler
 from fewstep.densities.estimators import weights
 from fewstep.densities.networks import Control, ControlNet, Known, Moments, NetConfig
-from fewstep.densities.paths import euler, even_variance, exponential, falling_cosine, log_forward, simulate
+from fewstep.densities.paths import (
+    Walk,
+    euler,
+    even_variance,
+    exponential,
+    falling_cosine,
+    log_backward,
+    log_forward,
+    simulate,
+    walk,
+)
 from fewstep.densities.teachers._base import PathSampler, build_teacher, seeded
 from fewstep.densities.whitened import Whitened
 from fewstep.priors.exact import GaussianPrior, MixturePrior
@@ -174,9 +184,41 @@ def test_the_batched_call_agrees_with_the_simulation():
             p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(3))
         kernels = exponential(schedule, even_variance(schedule, 9))
         kept = simulate(control, kernels, Streams(0, range(64)), keep=True)
-        torch.testing.assert_close(log_forward(control, kernels, kept).double(), kept.forward, atol=2e-3, rtol=1e-5)
-        with pytest.raises(ValueError, match="not kept"):
-            log_forward(control, kernels, replace(kept, points=None))
+        path = Walk(kept.points, torch.stack([control.guide(y) for y in kept.points[:-1]]))
+        torch.testing.assert_close(log_forward(control, kernels, path).double(), kept.forward, atol=2e-3, rtol=1e-5)
+        torch.testing.assert_close(log_backward(kernels, kept.points), kept.backward, atol=2e-3, rtol=1e-5)
+
+
+def test_paths_for_training_are_those_of_the_simulation():
+    """From the same numbers, drawn at once or one after the other."""
+    schedule = VariancePreserving()
+    control = seeded(lambda: ControlNet(schedule, Whitened(mixture(schedule))), 0)
+    kernels, noise = exponential(schedule, even_variance(schedule, 9)), Streams(0, range(64))
+    with torch.no_grad():
+        path = walk(control, kernels, noise)
+        drawn = Streams(0, range(64)).randn(10, *control.event_shape)
+        kept = simulate(control, kernels, Given(drawn), keep=True)
+    torch.testing.assert_close(path.points, kept.points)
+    torch.testing.assert_close(path.guides[3], control.guide(kept.points[3]))
+
+
+class Given:
+    """Noise of which every number is known, (n, times, d)."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, drawn):
+        self.left = list(drawn.unbind(1))
+        self.count = len(drawn)
+
+    def __len__(self):
+        return self.count
+
+    def randn(self, *shape):
+        return self.left.pop(0)
+
+    def randn_like(self, y):
+        return self.left.pop(0)
 
 
 # ---- losses ---------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -121,14 +122,12 @@ class Paths:
         forward: log of the product of forward kernels, (n,) float64, without the constants that cancel.
         backward: log of the product of backward kernels over log N(y_0; 0, I), likewise.
         points: all points, (N + 1, n, d), where they were kept.
-        guides: the control's guides at all points but the last, (N, n, d), where there are any and they were kept.
     """
 
     y: Tensor
     forward: Tensor
     backward: Tensor
     points: Tensor | None = None
-    guides: Tensor | None = None
 
     def log_weights(self, target: TargetDensity) -> Tensor:
         """Return log w, (n,) float64; one target call per path."""
@@ -140,19 +139,43 @@ def simulate(control: Control, kernels: Kernels, noise: Noise, keep: bool = Fals
     times, y = kernels.times.float().to(noise.device), noise.randn(*control.event_shape)
     forward = torch.zeros(len(noise), dtype=torch.float64, device=noise.device)
     backward = (y.double().square() + math.log(2 * math.pi)).sum(-1) / 2
-    points, guides = [y], []
+    points = [y]
     for k, step in enumerate(kernels.steps().tolist()):
-        guide, z, (a, _, b2, *_) = control.guide(y), noise.randn_like(y), step
-        mean, variance = _forward_kernel(y, control.moments(y, times[k], guide), step)
+        z, (a, _, b2, *_) = noise.randn_like(y), step
+        mean, variance = _forward_kernel(y, control.moments(y, times[k], control.guide(y)), step)
         moved = mean + variance.sqrt() * z
         forward = forward - (z.square() + variance.log()).sum(-1) / 2
         backward = backward - (y - a * moved).square().sum(-1) / (2 * b2) - y.shape[-1] / 2 * math.log(b2)
         y = moved
         if keep:
             points.append(y)
-            guides.append(guide)
-    seen = torch.stack([g for g in guides if g is not None]) if keep and guides[0] is not None else None
-    return Paths(y, forward, backward, torch.stack(points) if keep else None, seen)
+    return Paths(y, forward, backward, torch.stack(points) if keep else None)
+
+
+class Walk(NamedTuple):
+    """The points of n paths, (N + 1, n, d), and the control's guides at all but the last, (N, n, d), where it has any."""
+
+    points: Tensor
+    guides: Tensor | None
+
+
+def walk(control: Control, kernels: Kernels, noise: Noise) -> Walk:
+    """Return one path per stream of `noise`, all of which is drawn at once.
+
+    Paths of the law of `simulate`, for those who take their densities afterwards, by `log_forward` and `log_backward`: there
+    all steps are one call.
+    """
+    times = kernels.times[:-1].float().to(noise.device)
+    y, *draws = noise.randn(len(kernels) + 1, *control.event_shape).transpose(0, 1).contiguous()
+    points, guides = [y], []
+    for t, z, step in zip(times, draws, kernels.steps().tolist(), strict=True):
+        guide = control.guide(y)
+        mean, variance = _forward_kernel(y, control.moments(y, t, guide), step)
+        y = mean + variance.sqrt() * z
+        points.append(y)
+        guides.append(guide)
+    known = [guide for guide in guides if guide is not None]
+    return Walk(torch.stack(points), torch.stack(known) if known else None)
 
 
 def noised(control: Control, kernels: Kernels, y: Tensor, noise: Noise) -> Paths:
@@ -171,14 +194,20 @@ def noised(control: Control, kernels: Kernels, y: Tensor, noise: Noise) -> Paths
     return Paths(last, forward, backward)
 
 
-def log_forward(control: Control, kernels: Kernels, paths: Paths) -> Tensor:
-    """Return the log of the product of `control`'s forward kernels along kept paths, (n,), in one call of its network."""
-    points = paths.points
-    if points is None:
-        raise ValueError("these paths were not kept")
-    moments = control.moments(points[:-1], kernels.times[:-1, None].to(points), paths.guides)
-    mean, variance = _forward_kernel(points[:-1], moments, kernels.steps().to(points).T[..., None, None])
-    return -((points[1:] - mean).square() / variance + variance.log()).sum((0, 2)) / 2
+def log_forward(control: Control, kernels: Kernels, path: Walk) -> Tensor:
+    """Return the log of the product of `control`'s forward kernels along `path`, (n,), as `Paths` has it, in one call."""
+    before, after = path.points[:-1], path.points[1:]
+    moments = control.moments(before, kernels.times[:-1, None].to(before), path.guides)
+    mean, variance = _forward_kernel(before, moments, kernels.steps().to(before).T[..., None, None])
+    return -((after - mean).square() / variance + variance.log()).sum((0, 2)) / 2
+
+
+def log_backward(kernels: Kernels, points: Tensor) -> Tensor:
+    """Return the log of the product of backward kernels over log N(y_0; 0, I) along `points`, (n,) float64, as `Paths` has it."""
+    decay, variance = kernels.decay.to(points), kernels.variance.to(points)
+    missed = (points[:-1] - decay[:, None, None] * points[1:]).square() / variance[:, None, None]
+    start = points[0].double().square() + math.log(2 * math.pi) - kernels.variance.log().sum().to(points.device)
+    return (start.sum(1) - missed.sum((0, 2), dtype=torch.float64)) / 2
 
 
 def _forward_kernel(y: Tensor, moments: Moments, step: Sequence[float] | Tensor) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from fewstep.core.noise import Noise
 from fewstep.core.objective import Objective
 from fewstep.densities.estimators import weights
 from fewstep.densities.networks import Control, ControlNet
-from fewstep.densities.paths import Kernels, Paths, log_forward, simulate
+from fewstep.densities.paths import Kernels, log_backward, log_forward, walk
 
 LOWEST = -1e8  # paths of smaller log-weight say nothing but that the target could not be evaluated
 
@@ -60,9 +60,12 @@ class PathLoss(Objective):
         return self.value(control, log_w), {**figures, "usable": share}
 
 
-def detached_paths(target: TargetDensity, control: Control, kernels: Kernels, noise: Noise) -> tuple[Tensor, Paths]:
-    """Return log-weights of paths that are constants, and the paths: the control is called at all their points at once."""
+def detached_paths(target: TargetDensity, control: Control, kernels: Kernels, noise: Noise) -> tuple[Tensor, Tensor]:
+    """Return log-weights of paths that are constants, (n,), and their points, (N + 1, n, d).
+
+    The control is called along the paths without gradients, and once at all their points with.
+    """
     with torch.no_grad():
-        paths = simulate(control, kernels, noise, keep=True)
-        fixed = target.log_prob(paths.y).double() + paths.backward
-    return fixed - log_forward(control, kernels, paths), paths
+        path = walk(control, kernels, noise)
+        fixed = target.log_prob(path.points[-1]).double() + log_backward(kernels, path.points)
+    return fixed - log_forward(control, kernels, path), path.points

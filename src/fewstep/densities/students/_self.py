@@ -24,7 +24,7 @@ from fewstep.core.noise import Noise
 from fewstep.core.objective import Objective
 from fewstep.densities.losses._path import LOWEST
 from fewstep.densities.networks import Control, Moments
-from fewstep.densities.paths import Kernels, Paths
+from fewstep.densities.paths import Kernels
 from fewstep.densities.students._maps import GuidedMap
 from fewstep.densities.students.cdds import Followed
 
@@ -72,8 +72,8 @@ class SelfDistillation(Objective):
     kernels: Kernels
 
     @abstractmethod
-    def sampling(self, control: Shortest, noise: Noise) -> tuple[Tensor, Paths]:
-        """Return log-weights, (n,) float64, that carry the gradient, and the paths they belong to."""
+    def sampling(self, control: Shortest, noise: Noise) -> tuple[Tensor, Tensor]:
+        """Return log-weights, (n,) float64, that carry the gradient, and all points of their paths, (N + 1, n, d)."""
 
     @abstractmethod
     def value(self, log_w: Tensor) -> Tensor:
@@ -97,8 +97,8 @@ class SelfDistillation(Objective):
 
     def _sampling(self, learner: Learner, noise: Noise) -> tuple[Tensor, dict[str, float]]:
         control = Shortest(cast(GuidedMap, learner.map), self.kernels.times.float())
-        log_w, paths = self.sampling(control, noise)
-        learner.points = cast(Tensor, paths.points).detach()
+        log_w, points = self.sampling(control, noise)
+        learner.points = points.detach()
         good = log_w.detach().isfinite() & (log_w.detach() > LOWEST)
         if int(good.sum()) < 2:
             raise FloatingPointError("the target is not finite on (almost) all paths; check it, or its scale")

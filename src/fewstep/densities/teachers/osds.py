@@ -20,7 +20,7 @@ from fewstep.core.objective import Objective
 from fewstep.core.reference import Reference
 from fewstep.core.schedule import VariancePreserving
 from fewstep.densities.base import DensitySampler
-from fewstep.densities.paths import Paths, exponential, simulate
+from fewstep.densities.paths import exponential, simulate
 from fewstep.densities.students._maps import FlowMap, GuidedMap, MapConfig
 from fewstep.densities.students._sampler import MapSampler
 from fewstep.densities.students._self import Learner, SelfDistillation, Shortest
@@ -44,10 +44,10 @@ class EntropyAndVolume(SelfDistillation):
     ramp: int = 2500
     penalty: float = 1e-4
 
-    def sampling(self, control: Shortest, noise: Noise) -> tuple[Tensor, Paths]:
+    def sampling(self, control: Shortest, noise: Noise) -> tuple[Tensor, Tensor]:
         """See `SelfDistillation`."""
         paths = simulate(control, self.kernels, noise, keep=True)
-        return paths.log_weights(self.target), paths
+        return paths.log_weights(self.target), cast(Tensor, paths.points)
 
     def value(self, log_w: Tensor) -> Tensor:
         """See `SelfDistillation`."""

@@ -15,7 +15,7 @@ from fewstep.core.reference import Reference
 from fewstep.core.schedule import VariancePreserving
 from fewstep.densities.base import DensitySampler
 from fewstep.densities.losses._path import detached_paths
-from fewstep.densities.paths import Paths, exponential
+from fewstep.densities.paths import exponential
 from fewstep.densities.students._maps import GuidedMap, MapConfig
 from fewstep.densities.students._sampler import MapSampler
 from fewstep.densities.students._self import Learner, SelfDistillation, Shortest
@@ -27,7 +27,7 @@ from fewstep.densities.whitened import Whitened
 class LogVarianceAndItself(SelfDistillation):
     """Log-variance on detached paths, then one Euler step against two halves with the same weights, held fixed."""
 
-    def sampling(self, control: Shortest, noise: Noise) -> tuple[Tensor, Paths]:
+    def sampling(self, control: Shortest, noise: Noise) -> tuple[Tensor, Tensor]:
         """See `SelfDistillation`."""
         return detached_paths(self.target, control, self.kernels, noise)
 
