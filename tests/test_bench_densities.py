@@ -31,7 +31,7 @@ SMALL = Sizes(transport=64, published=64, most=256)
 
 @pytest.fixture(autouse=True)
 def little_polish(monkeypatch):
-    monkeypatch.setattr(density_runs, "CDDS", partial(CDDS, polish=2))
+    monkeypatch.setattr(density_runs, "CDDS", partial(CDDS, polish=2, balance=256))
 
 
 @pytest.fixture(scope="module")

@@ -70,7 +70,7 @@ def folders(tmp_path_factory):
     """Return a folder with a teacher and a student of nine_modes, trained for twenty steps each."""
     root = tmp_path_factory.mktemp("density")
     assert command("fit", "nine_modes", "--out", root / "teacher", *TINY) == 0
-    small = ("rows=512", "solver_steps=16", "size.width=16", "polish=0")
+    small = ("rows=512", "solver_steps=16", "size.width=16", "polish=0", "balance=1024")
     few = ("--train-steps", "20", "--batch", "64", *(word for field in small for word in ("--set", field)))
     assert command("distill", root / "teacher", "--out", root / "student", *few) == 0
     return root
@@ -339,7 +339,9 @@ def test_an_interrupted_polish_is_noticed(density, folders, tmp_path, monkeypatc
         return step(self)
 
     words = ("distill", folders / "teacher", "--out", tmp_path / "o", "--train-steps", "5", "--batch", "64")
-    words += tuple(w for f in ("rows=512", "solver_steps=16", "size.width=16", "polish=6") for w in ("--set", f))
+    words += tuple(
+        w for f in ("rows=512", "solver_steps=16", "size.width=16", "polish=6", "balance=1024") for w in ("--set", f)
+    )
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_train_step", stopped)
         code, _, err = density(*words)

@@ -52,7 +52,7 @@ def test_guided_steps_converge_to_the_flow(euler):
     truth, errors = GAUSSIAN.flow(z, torch.ones(()), zero), []
     for steps in (32, 64):
         times = torch.linspace(1, 0, steps + 1)
-        y = jumped(flow_map, z, times, Streams(0, range(128)), False).y
+        y = jumped(flow_map, z, times, False).y
         errors.append(float((y - truth).norm(dim=1).mean()))
     assert errors[1] < 0.65 * errors[0] and errors[1] < 0.1
 
@@ -63,7 +63,7 @@ def test_volume_of_a_short_step_is_its_log_determinant():
     y, t, s = Streams(0, range(16)).randn(2), torch.full((16,), 0.5), torch.full((16,), 0.499)
     signs = torch.tensor([[1.0, 1.0], [1.0, -1.0]])  # all probes up to sign: the trace is their mean
     traces = torch.stack([stretched(flow_map, y, t, s, v.expand(16, 2))[1] for v in signs]).mean(0)
-    log_w = jumped(flow_map, y, torch.tensor([0.5, 0.499]), Streams(0, range(16)), True).log_weights
+    log_w = jumped(flow_map, y, torch.tensor([0.5, 0.499]), True).log_weights
     exact = log_w - (y.double().square().sum(1) + 2 * math.log(2 * math.pi)) / 2
     assert float((traces.double() - exact).abs().max()) < 0.05 * float(exact.abs().max())
 
@@ -171,7 +171,7 @@ def some_map(kind, scale):
 def off(program, sampler, rows, steps=2):
     """Return the largest error of an exported program."""
     z = Streams(0, range(rows)).randn(2)
-    x = sampler.whitened.to_x(jumped(sampler.flow_map, z, sampler.times(steps), Streams(0, range(rows)), False)[0])
+    x = sampler.whitened.to_x(sampler.function(steps)(z))
     assert float((x - z).abs().max()) > 0.5, "the identity would show nothing"
     return float((program(z) - x).abs().max())
 

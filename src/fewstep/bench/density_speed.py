@@ -63,7 +63,7 @@ def path_overhead(whitened: Whitened, setup: Setup, steps: int = 12) -> float:
 
 def map_overhead(teacher: PathSampler, student: MapSampler, steps: int = 100) -> float:
     """Return processor time of an iteration of `distill`, its trajectories left aside, over that of its bare calls."""
-    method = CDDS(map=student.flow_map.name, rows=1024, size=student.flow_map.config, polish=0)
+    method = CDDS(map=student.flow_map.name, rows=1024, size=student.flow_map.config, polish=0, balance=0)
 
     def run(count: int) -> None:
         distill(teacher, method, train_steps=count, batch=BATCH)

@@ -19,6 +19,7 @@ from fewstep.core.objective import Objective
 from fewstep.densities.base import DensitySampler
 from fewstep.densities.batches import in_blocks
 from fewstep.densities.fit import FitOptions, averaged
+from fewstep.densities.students._balance import lost
 from fewstep.densities.students._polish import InTurn
 from fewstep.densities.students._sampler import MapSampler
 from fewstep.densities.students.cdds import CDDS, ready
@@ -65,14 +66,15 @@ def distill(
         data = student.data(denoiser, options.batch, options.seed)
         first = _trainer(student, model, student.objective, data, Path(folder), options)
         sampler = student.sampler(whitened, averaged(first, options).to("cpu"))
-        loss = student.polished(sampler) if first.finished else None
-        if loss is None:
+        if not first.finished:
             return sampler
-        turns = InTurn(data, len(loss.counts))
-        polished = student.sampler(
-            whitened, _polished(student, first.ema, loss, turns, Path(folder), options).to("cpu")
-        )
-        return better(sampler, polished, options.seed)
+        loss = student.polished(sampler)
+        if loss is not None:
+            last = _polished(student, first.ema, loss, InTurn(data, len(loss.counts)), Path(folder), options)
+            sampler = better(sampler, student.sampler(whitened, last.ema.to("cpu")), options.seed)
+            if not last.finished:
+                return sampler
+        return student.balanced(sampler, options.seed)
 
 
 def better(first: MapSampler, last: MapSampler, seed: int = 0, n: int = 16_384) -> MapSampler:
@@ -81,19 +83,18 @@ def better(first: MapSampler, last: MapSampler, seed: int = 0, n: int = 16_384) 
     Such a map has lost a part of the target, which its own weights do not show; a warning says so.
     """
     before, after = (sampler.sample(n, 1, seed=seed) for sampler in (first, last))
-    lost = after.log_z_interval(0.999)[1] < before.log_z_interval(0.999)[0]
-    if lost:
+    if gone := lost(before, after):
         warnings.warn(
             f"the last steps lost a part of the target (log Z {after.log_z:.3f}, before them {before.log_z:.3f}) and are not kept",
             stacklevel=3,
         )
-    return last if after.ess > before.ess and not lost else first
+    return last if after.ess > before.ess and not gone else first
 
 
 def _polished(
     student: CDDS, model: nn.Module, loss: Objective, data: Batches, out: Path, options: FitOptions
-) -> nn.Module:
-    """Return a copy of `model` after its last steps, which are taken anew, slower, where they diverge.
+) -> Trainer:
+    """Return what has trained a copy of `model` by its last steps, which are taken anew, slower, where they diverge.
 
     Raises:
         FloatingPointError: they diverge at every rate.
@@ -103,7 +104,8 @@ def _polished(
         shorter = replace(options, train_steps=student.polish, lr=options.lr * rate, ema=0.98)
         trainer = _trainer(student, copy.deepcopy(model).requires_grad_(True), loss, data, out / name, shorter)
         try:
-            return averaged(trainer, options)
+            averaged(trainer, options)
+            return trainer
         except FloatingPointError as error:
             failed = error
             warnings.warn(f"the last steps diverged at {rate:g} times the learning rate ({error})", stacklevel=3)

@@ -34,11 +34,12 @@ class Program(nn.Module):
         if sampler.renoise and steps > 1:
             raise ValueError("steps that noise their samples again are no deterministic map; export one step")
         self.map, self.whitened = sampler.flow_map, sampler.whitened
+        self.warp = sampler.warps.get(steps, nn.Identity())
         self.register_buffer("times", sampler.times(steps))
 
     def forward(self, z: Tensor) -> Tensor:
         """Return x, (N, d)."""
-        y = z
+        y = self.warp(z)
         for k in range(len(self.times) - 1):
             y = self.map(y, self.times[k], self.times[k + 1])
         return self.whitened.to_x(y)

@@ -21,13 +21,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewstep.core.density import TargetDensity
 from fewstep.core.noise import Noise
@@ -37,6 +37,7 @@ from fewstep.densities.estimators.inverse import invert, nearest
 from fewstep.densities.estimators.jacobian import determinant
 from fewstep.densities.grids import times_of
 from fewstep.densities.students._maps import MAPS, FlowMap, MapConfig, described
+from fewstep.densities.students._warp import Warp
 from fewstep.densities.whitened import Whitened
 
 _ROWS = 1024  # at once through a network, so that its activations stay in the cache of a core
@@ -52,6 +53,7 @@ class MapSampler(Transport):
         steps: where none are asked for.
         grid: the times of several steps, see `densities.grids.times_of`.
         renoise: whether several steps are jumps along the flow or samples that are noised again.
+        warps: by number of jumps, where the noise is moved to before them, see `_balance`.
     """
 
     whitened: Whitened
@@ -59,9 +61,12 @@ class MapSampler(Transport):
     steps: int = 1
     grid: str | tuple[float, ...] = "angle"
     renoise: bool = False
+    warps: Mapping[int, Warp] = field(default_factory=dict)
     kind = "unbiased"
 
     def __post_init__(self) -> None:
+        if self.renoise and self.warps:
+            raise ValueError("only jumps can start from noise that is moved")
         if not (self.renoise or self.flow_map.jumps):
             raise ValueError(f"{type(self.flow_map).__name__} cannot jump between times: set renoise=True")
 
@@ -85,47 +90,62 @@ class MapSampler(Transport):
 
     def walked(self, z: Tensor, steps: int, noise: Noise, weights: bool) -> Walked:
         """See `Transport`; negative where the map has turned over."""
-        walk = renoised if self.renoise else jumped
-        found = walk(self.flow_map, z, self.times(steps).to(z), noise, weights)
+        times = self.times(steps).to(z)
+        found = (
+            renoised(self.flow_map, z, times, noise, weights)
+            if self.renoise
+            else jumped(self.flow_map, z, times, weights, self.warps.get(steps))
+        )
         return found._replace(log_weights=found.log_weights + self._log_rho(found.y)) if weights else found
 
     def backward_weights(self, y: Tensor, steps: int, noise: Noise) -> Tensor:
         """See `DensitySampler`: of one preimage under the jumps. Of several, each alone gives a larger weight: still a bound."""
         if self.renoise and steps > 1:
             raise NotImplementedError("samples that are noised again have no preimage")
-        function = partial(_walked, self.flow_map, self.times(steps).to(y))
+        function = self.function(steps)
         some = noise.randn(self.flow_map.dim)
         z, found = invert(function, y, nearest(some, function(some), y))
         log_w = determinant(function, z).log_abs - _standard(z) + self._log_rho(y)
         return log_w.masked_fill(~found, math.inf)
 
+    def function(self, steps: int) -> Callable[[Tensor], Tensor]:
+        """Return the map z -> y, (N, d) each and whitened, of `steps` jumps."""
+        return partial(_walked, self.flow_map, self.times(steps), self.warps.get(steps, nn.Identity()))
+
     def config(self) -> dict[str, Any]:
         """See `DensitySampler`."""
-        own = {"steps": self.steps, "grid": self.grid, "renoise": self.renoise}
+        warps = {str(count): len(warp.heights) for count, warp in self.warps.items()}
+        own = {"steps": self.steps, "grid": self.grid, "renoise": self.renoise, "warps": warps}
         return {**own, **described(self.flow_map), "schedule": asdict(self.flow_map.schedule)}
 
     def tensors(self) -> dict[str, Tensor]:
         """See `DensitySampler`."""
-        return dict(self.flow_map.state_dict())
+        warps = {f"warps.{k}.{name}": t for k, warp in self.warps.items() for name, t in warp.state_dict().items()}
+        return {**self.flow_map.state_dict(), **warps}
 
     @classmethod
     def restore(cls, whitened: Whitened, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
         """See `DensitySampler`."""
         schedule, size = VariancePreserving(**config["schedule"]), MapConfig(**config["size"])
         flow_map = MAPS[config["map"]](schedule, whitened, size)
-        flow_map.load_state_dict(dict(tensors), strict=True)
+        flow_map.load_state_dict({k: v for k, v in tensors.items() if not k.startswith("warps.")}, strict=True)
+        warps = {int(k): Warp(whitened.dim, count) for k, count in config.get("warps", {}).items()}
+        for k, warp in warps.items():
+            warp.load_state_dict({name: tensors[f"warps.{k}.{name}"] for name in warp.state_dict()})
         grid = config["grid"] if isinstance(config["grid"], str) else tuple(config["grid"])
-        return cls(whitened, flow_map.eval(), config["steps"], grid, config["renoise"])
+        return cls(whitened, flow_map.eval(), config["steps"], grid, config["renoise"], warps)
 
     def _log_rho(self, y: Tensor) -> Tensor:
         return self.whitened.log_prob(y).double()
 
 
-def jumped(flow_map: FlowMap, z: Tensor, times: Tensor, noise: Noise, weights: bool) -> Walked:
-    """Return y, (N, d), by jumps along `times`, and the weights without rho(y) if `weights`, otherwise ones."""
+def jumped(flow_map: FlowMap, z: Tensor, times: Tensor, weights: bool, warp: Warp | None = None) -> Walked:
+    """Return y, (N, d), by jumps along `times` from where `warp` takes z, and the weights without rho(y) if `weights`, else ones."""
     walked = _started(z, weights)
+    if warp is not None:
+        walked = _pushed(warp, walked, weights)
     for t, s in itertools.pairwise(times):
-        walked = _pushed(flow_map, walked, t, s, weights)
+        walked = _pushed(partial(flow_map, t=t, s=s), walked, weights)
     return walked
 
 
@@ -142,7 +162,7 @@ def renoised(flow_map: FlowMap, z: Tensor, times: Tensor, noise: Noise, weights:
         back = _standard((y - share * lower) / variance.sqrt()) - y.shape[1] * variance.double().sqrt().log()
         log_w = log_w + back - (_standard(e) - y.shape[1] * sigma.double().log())
         y = lower
-    return _pushed(flow_map, Walked(y, log_w, signs), times[-2], zero, weights)
+    return _pushed(partial(flow_map, t=times[-2], s=zero), Walked(y, log_w, signs), weights)
 
 
 def _started(z: Tensor, weights: bool) -> Walked:
@@ -151,24 +171,21 @@ def _started(z: Tensor, weights: bool) -> Walked:
     return Walked(z, -_standard(z) if weights else torch.zeros_like(ones), ones)
 
 
-def _pushed(flow_map: FlowMap, walked: Walked, t: Tensor, s: Tensor, weights: bool) -> Walked:
-    """Return G(y, t, s), and the weights times its determinant, with the sign, if `weights`."""
+def _pushed(function: Callable[[Tensor], Tensor], walked: Walked, weights: bool) -> Walked:
+    """Return f(y), and the weights times its determinant, with the sign, if `weights`."""
     y, log_w, signs = walked
     if not weights:
-        return walked._replace(y=torch.cat([flow_map(part, t, s) for part in y.split(_ROWS)]))
-    found = determinant(partial(_call, flow_map, t, s), y)
+        return walked._replace(y=torch.cat([function(part) for part in y.split(_ROWS)]))
+    found = determinant(function, y)
     turned = torch.where(found.sign < 0, -signs, signs)  # where it is 0, so is the weight
     return Walked(found.y, log_w + found.log_abs, turned)
 
 
-def _call(flow_map: FlowMap, t: Tensor, s: Tensor, y: Tensor) -> Tensor:
-    return flow_map(y, t, s)
-
-
-def _walked(flow_map: FlowMap, times: Tensor, z: Tensor) -> Tensor:
-    for t, s in itertools.pairwise(times):
-        z = flow_map(z, t, s)
-    return z
+def _walked(flow_map: FlowMap, times: Tensor, warp: nn.Module, z: Tensor) -> Tensor:
+    y = warp(z)
+    for t, s in itertools.pairwise(times.to(z)):
+        y = flow_map(y, t, s)
+    return y
 
 
 def _standard(z: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from fewstep.core.presets import Presets
 from fewstep.core.reference import Reference
 from fewstep.core.schedule import VariancePreserving
 from fewstep.densities.grids import times_of
+from fewstep.densities.students._balance import balanced
 from fewstep.densities.students._maps import MAPS, Followed, MapConfig, Perceptron, passed, warm_start
 from fewstep.densities.students._polish import Polish
 from fewstep.densities.students._sampler import MapSampler
@@ -36,6 +37,7 @@ from fewstep.training import Batches
 
 _NARROWEST = 0.003  # slope, which errors are taken relative to
 _FAR = 0.3  # relative errors beyond it count by themselves, not by their squares
+_CHEAPEST = 8  # dimensions up to which their cost does not count
 _WIDEST = 64  # dimensions up to which exact determinants are cheap enough to train on
 
 
@@ -138,6 +140,7 @@ class CDDS(Presets):
             dimensions.
         counts: these few, by turns.
         wide: standard deviation of the noise that half of their draws start from; beyond 1 they meet weights that tower.
+        balance: draws of a round of the balance that comes last, see `_balance`, fewer where d > 8; none at 0.
     """
 
     map: str = "scaled"
@@ -155,6 +158,7 @@ class CDDS(Presets):
     polish: int = 3000
     counts: tuple[int, ...] = (1, 2, 1, 4)
     wide: float = 1.0
+    balance: int = 32_768
 
     reference: ClassVar[Reference] = Reference(
         "Consistent Diffusion Samplers: One-Step Samples of Unnormalised Densities",
@@ -173,6 +177,7 @@ class CDDS(Presets):
             "levels": 17,
             "warm": True,
             "polish": 0,
+            "balance": 0,
         },
         "narrow": {
             "map": "gated",
@@ -181,12 +186,20 @@ class CDDS(Presets):
             "counts": (1, 4, 2, 4),
             "wide": 1.3,
         },
-        "averaged": {"objective": SelfConsistency(huber=0.01, decay=0.95), "direct": 0.0, "apart": 0.0, "polish": 0},
+        "averaged": {
+            "objective": SelfConsistency(huber=0.01, decay=0.95),
+            "direct": 0.0,
+            "apart": 0.0,
+            "polish": 0,
+            "balance": 0,
+        },
     }
 
     def __post_init__(self) -> None:
         if not self.counts or min(self.counts) < 1 or not self.wide >= 1:
             raise ValueError(f"needs counts of 1 and more and a wide of 1 or more, got {self.counts} and {self.wide}")
+        if self.balance < 0:
+            raise ValueError(f"balance must be a number of draws, or 0 for none, got {self.balance}")
 
     def model(self, denoiser: Denoiser, whitened: Whitened) -> Followed:
         """Return what is trained, for a teacher as `ready` gives it; takes its initial weights from the global generator."""
@@ -207,8 +220,15 @@ class CDDS(Presets):
 
     def polished(self, sampler: MapSampler) -> Polish | None:
         """Return the loss of the last steps, or None: without `polish`, of a map that does not jump, and in high dimension."""
-        suits = self.polish and not sampler.renoise and sampler.target.dim <= _WIDEST
+        suits = self.polish and _weighable(sampler)
         return Polish(sampler.whitened, sampler.grid, self.counts, self.wide, self.objective) if suits else None
+
+    def balanced(self, sampler: MapSampler, seed: int) -> MapSampler:
+        """Return the sampler with its modes' weights put right, where that is wanted and exact determinants are cheap."""
+        if not self.balance or not _weighable(sampler):
+            return sampler
+        rows = round(self.balance * min(1.0, _CHEAPEST / sampler.target.dim))
+        return balanced(sampler, self.counts, rows, seed)
 
     def sampler(self, whitened: Whitened, model: nn.Module) -> MapSampler:
         """Return the sampler with the weights of a trained `model`."""
@@ -219,6 +239,11 @@ class CDDS(Presets):
 def ready(teacher: Denoiser) -> Denoiser:
     """Return a teacher under a schedule with a finite noise ratio at t = 1, which trajectories start from."""
     return teacher if isinstance(teacher.schedule, VariancePreserving) else Rescheduled(teacher, VariancePreserving())
+
+
+def _weighable(sampler: MapSampler) -> bool:
+    """Return whether training can afford the weights of its draws."""
+    return not sampler.renoise and sampler.target.dim <= _WIDEST
 
 
 def _schedule(denoiser: Denoiser) -> VariancePreserving:
