@@ -61,10 +61,14 @@ class Cosines:
 
 
 class Means(NamedTuple):
-    """What n draws say: the gap E[h w] - E[h], (count,), the response to c, -E[h L cos_k], (count, features), and the draws."""
+    """What n draws say: the gap E[h w] - E[h], (count,), and the response to c, -E[h L cos_k], (count, features).
+
+    With them come the ESS of w, of which none towers (a single weight of a set would decide), and the draws.
+    """
 
     gap: Tensor
     response: Tensor
+    ess: float
     draws: Draws
 
 
@@ -95,7 +99,7 @@ def _warped(sampler: MapSampler, count: int, rows: int, seed: int) -> Warp | Non
         warp.heights += share * _ridge(found)
     after = _means(trial, count, tests, rows, mix(seed, 3))
     nearer = float(after.gap.norm()) < float(before.gap.norm())
-    kept = after.draws.ess >= _KEPT * before.draws.ess and not lost(before.draws, after.draws)
+    kept = after.ess >= _KEPT * before.ess and not lost(before.draws, after.draws)
     return warp if nearer and kept else None
 
 
@@ -127,7 +131,8 @@ def _means(sampler: MapSampler, count: int, tests: Cosines, rows: int, seed: int
         gap += (part - 1) @ h.double()
         response -= (h.T @ warp.generated(z)).double()
     negative = signs if bool((signs < 0).any()) else None
-    return Means(gap / rows, response / rows, Draws(torch.cat(ends), log_w, sampler.kind, signs=negative))
+    draws = Draws(torch.cat(ends), log_w, sampler.kind, signs=negative)
+    return Means(gap / rows, response / rows, 1 / float(w.square().mean()), draws)
 
 
 def _relative(log_weights: Tensor, signs: Tensor) -> Tensor:
