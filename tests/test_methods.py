@@ -53,7 +53,13 @@ def test_squared_dps_is_affine_and_keeps_the_contract():
 
 @pytest.mark.parametrize(
     ("name", "fields"),
-    [("pigdm", {"eta": 1.1}), ("ud2m", {"eta": -0.1}), ("diffpir", {"lam": -1.0}), ("diffpir", {"zeta": 5.0})],
+    [
+        *((name, {"eta": 1.1}) for name in ("pigdm", "ddnm", "ddrm", "dds", "cm4ir", "dps")),
+        ("ud2m", {"eta": -0.1}),
+        ("ddrm", {"eta_b": 2.0}),
+        ("diffpir", {"lam": -1.0}),
+        ("diffpir", {"zeta": 5.0}),
+    ],
 )
 def test_fields_out_of_range_are_refused(name, fields):
     with pytest.raises(ValueError, match="must"):

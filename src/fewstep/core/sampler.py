@@ -204,8 +204,7 @@ class GuidedSampler(DiffusionSampler):
     prediction: ClassVar[str]
 
     def __post_init__(self) -> None:
-        if not 0 <= self.eta <= 1:
-            raise ValueError(f"eta must lie in [0, 1], got {self.eta}")
+        check_shares(self, "eta")
 
     @abstractmethod
     def predict_x0(self, problem: Posterior, x_t: Tensor, t: Tensor, noise: Noise) -> Tensor:
@@ -229,6 +228,13 @@ class GuidedSampler(DiffusionSampler):
         epsilon = epsilon_of(problem.schedule, t, state.x, x0)
         shares = self.shares(problem.schedule, t, s)
         return State(combine(problem.schedule, s, x0, epsilon, shares, noise), x0)
+
+
+def check_shares(sampler: Sampler, *names: str) -> None:
+    """Raise ValueError unless the fields called `names` lie in [0, 1]."""
+    for name in names:
+        if not 0 <= getattr(sampler, name) <= 1:
+            raise ValueError(f"{name} must lie in [0, 1], got {getattr(sampler, name)}")
 
 
 def settings(sampler: Sampler) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from fewstep.core.flow import flow_calls, ladder, probability_flow
 from fewstep.core.noise import Noise
 from fewstep.core.problem import Posterior
 from fewstep.core.reference import Reference
-from fewstep.core.sampler import Sampler, State
+from fewstep.core.sampler import Sampler, State, check_shares
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,9 @@ class CM4IR(Sampler):
         "Conference on Computer Vision and Pattern Recognition",
         "2412.20596",
     )
+
+    def __post_init__(self) -> None:
+        check_shares(self, "eta")
 
     @property
     def nfe(self) -> int:

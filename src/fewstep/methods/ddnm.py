@@ -24,7 +24,7 @@ from fewstep.core.kernel import epsilon_of
 from fewstep.core.noise import Noise
 from fewstep.core.problem import Posterior
 from fewstep.core.reference import Reference
-from fewstep.core.sampler import DiffusionSampler, State
+from fewstep.core.sampler import DiffusionSampler, State, check_shares
 from fewstep.core.spectral import inverse_square, significant
 
 
@@ -52,6 +52,9 @@ class DDNM(DiffusionSampler):
         "International Conference on Learning Representations",
         "2212.00490",
     )
+
+    def __post_init__(self) -> None:
+        check_shares(self, "eta")
 
     @property
     def nfe(self) -> int:

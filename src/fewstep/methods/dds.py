@@ -17,7 +17,7 @@ from fewstep.core.linalg import cg
 from fewstep.core.noise import Noise
 from fewstep.core.problem import Posterior
 from fewstep.core.reference import Reference
-from fewstep.core.sampler import DiffusionSampler, State
+from fewstep.core.sampler import DiffusionSampler, State, check_shares
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,9 @@ class DDS(DiffusionSampler):
         "International Conference on Learning Representations",
         "2303.05754",
     )
+
+    def __post_init__(self) -> None:
+        check_shares(self, "eta")
 
     @property
     def nfe(self) -> int:

@@ -20,7 +20,7 @@ from fewstep.core.kernel import ddim_std, epsilon_of, renoise
 from fewstep.core.noise import Noise
 from fewstep.core.problem import Posterior, Pullback
 from fewstep.core.reference import Reference
-from fewstep.core.sampler import DiffusionSampler, State
+from fewstep.core.sampler import DiffusionSampler, State, check_shares
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,9 @@ class DPS(DiffusionSampler):
         "International Conference on Learning Representations",
         "2209.14687",
     )
+
+    def __post_init__(self) -> None:
+        check_shares(self, "eta")
 
     @property
     def nfe(self) -> int:
