@@ -255,6 +255,17 @@ def test_sample_writes_draws_and_says_what_they_are_worth(density, folders, tmp_
         assert (kept.kind, kept.nfe, kept.target_calls, kept.seed) == ("unbiased", 1, 1, 3)
 
 
+@pytest.mark.parametrize("suffix", ["safetensors", "npz"])
+def test_a_diagnosis_tells_draws_of_another_density(density, folders, tmp_path, suffix):
+    file = tmp_path / f"d.{suffix}"
+    assert density("sample", folders / "student", "--num", "256", "--out", file)[0] == 0
+    words = ("--draws", file, "--rows", "64")
+    code, _, err = density("diagnose", "nine_modes", *words, "--out", tmp_path / "own")
+    assert code == 0 and "holds draws of" not in err
+    code, _, err = density("diagnose", "rings", *words, "--out", tmp_path / "other")
+    assert code == 0 and "holds draws of nine_modes" in err and "not of this density" in err
+
+
 def test_steps_and_weights_of_a_draw_are_options(density, folders):
     words = ("sample", "nine_modes", "--from", folders / "teacher", "--steps", "3", "--no-weights", "--num", "64")
     code, out, err = density(*words)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -56,6 +58,29 @@ def test_sixteen_bits_keep_their_depth(tmp_path):
     photo = read_photo(stored(Image.fromarray(values), tmp_path / "d.png"))
     assert photo.grey
     assert torch.equal(photo.x[0, 0], torch.from_numpy(values.astype(np.float32) / 65535))
+
+
+def test_what_is_left_of_a_file_is_told(tmp_path):
+    frames = [Image.new("RGB", (8, 8), (k, 0, 0)) for k in (0, 255)]
+    frames[0].save(tmp_path / "two.tiff", save_all=True, append_images=frames[1:])
+    photo = read_photo(tmp_path / "two.tiff")
+    assert float(photo.x.max()) == 0 and "the first of its 2 pictures was taken" in photo.notes
+    (tmp_path / "deep.png").write_bytes(deep_png())
+    photo = read_photo(tmp_path / "deep.png")
+    assert "its 16 bits per channel were read as 8" in photo.notes and float(photo.x.max()) == 1
+    frames[1].save(tmp_path / "plain.png")
+    assert read_photo(tmp_path / "plain.png").notes == ()
+
+
+def deep_png():
+    """Return a white PNG of 2 x 2 pixels with 16 bits in each of three channels, which Pillow does not write."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    rows = b"".join(b"\0" + b"\xff" * 12 for _ in range(2))
+    parts = [(b"IHDR", struct.pack(">IIBBBBB", 2, 2, 16, 2, 0, 0, 0)), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
 
 
 def test_cmyk_becomes_colour(tmp_path):

@@ -322,6 +322,8 @@ def test_folder(tmp_path, monkeypatch):
     results, failures = restore_folder(folder, tmp_path / "out", settings())
     assert set(failures) == {"bad.png"} and "not an image" in failures["bad.png"]
     assert names(tmp_path) == {"a-png", "a-jpg", "b", "c"} and len(results) == 4
+    with pytest.raises(ValueError, match="unknown operator"):  # once, not for every photograph
+        restore_folder(folder, tmp_path / "none", settings(operator="blurr"))
     shares = [restore_folder(folder, tmp_path / "two", settings(), share=(rank, 2)) for rank in (0, 1)]
     done = [{r.folder.name for r in part} for part, _ in shares]
     assert done[0] | done[1] == {"a-png", "a-jpg", "b", "c"} and not done[0] & done[1]

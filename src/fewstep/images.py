@@ -54,7 +54,7 @@ def load_image(path: str | Path) -> Tensor:
 def read_photo(path: str | Path) -> Photo:
     """Read an image, or an exact measurement from .npy or .safetensors.
 
-    16-bit files keep their depth, an EXIF orientation is applied, transparency is composited on white, CMYK and
+    Grey files of 16 bits keep their depth, an EXIF orientation is applied, transparency is composited on white, CMYK and
     palettes are converted to colour. Arrays are (H, W) or (H, W, 3) for .npy, and ([1,] 3, H, W) for .safetensors: its
     tensor "y", or its only one. They are in [0, 1] units, and noise may carry them outside.
 
@@ -137,10 +137,21 @@ def _from_pil(image: Image.Image, path: Path) -> Photo:
         notes.append("grey: restored as the luma of a colour image; every output is grey")
     elif image.mode != "RGB":
         notes.append(f"converted from {image.mode} to RGB")
+    if not grey and _deep_png(path):
+        notes.append("its 16 bits per channel were read as 8")
+    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+        notes.append(f"the first of its {image.n_frames} pictures was taken")  # type: ignore[attr-defined]
     for note in notes:
         logger.info("%s: %s", path, note)
     pixels = torch.from_numpy(_to_array(upright, path)).permute(2, 0, 1)[None]
     return Photo(pixels.expand(1, 3, -1, -1).contiguous(), path, grey, jpeg, tuple(notes))
+
+
+def _deep_png(path: Path) -> bool:
+    """Return whether a file is a PNG of 16 bits per channel, of which Pillow keeps eight where it has colours."""
+    with path.open("rb") as file:
+        head = file.read(25)
+    return head.startswith(b"\x89PNG") and head[24:] == bytes([16])
 
 
 def _to_array(image: Image.Image, path: Path) -> np.ndarray:

@@ -37,7 +37,17 @@ from fewstep.outputs import (
 from fewstep.priors.windowed import Windowed
 from fewstep.report import Map, Picture, Report, render
 from fewstep.store import SampleStore, Summary
-from fewstep.task import DEFAULT_PRIOR, Settings, Task, build_sampler, command_line, prepare, settled, word_of
+from fewstep.task import (
+    DEFAULT_PRIOR,
+    Settings,
+    Task,
+    build_sampler,
+    build_word,
+    command_line,
+    prepare,
+    settled,
+    word_of,
+)
 
 __all__ = ["DEFAULT_PRIOR", "Result", "Settings", "restore", "restore_folder"]
 
@@ -128,8 +138,10 @@ def restore_folder(
         progress: called after every step.
         share: (rank, processes): every process takes each `processes`-th image, starting with its rank.
     """
-    if chosen.method:
-        build_sampler(chosen)  # an unknown method or field fails once, not for every image
+    if chosen.method:  # an unknown method, operator or field fails once, not for every image
+        build_sampler(chosen)
+    if chosen.operator is not None:
+        build_word(chosen.operator, chosen.operator_fields)
     prior = open_prior(chosen.prior)
     results: list[Result] = []
     failures: dict[str, str] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import shlex
 import sys
 import warnings
@@ -26,7 +27,7 @@ from fewstep.densities.distill import METHODS
 from fewstep.densities.draws import Draws
 from fewstep.densities.export import export as write_program
 from fewstep.densities.report import distance_line, expectation_line, render, rows_of, stein_line, summary_rows
-from fewstep.densities.storage import check_suffix, read_draws, write_draws
+from fewstep.densities.storage import check_suffix, read_draws, read_target, write_draws
 from fewstep.densities.students._sampler import MapSampler
 from fewstep.densities.targets import available_targets, target_class
 from fewstep.densities.user import UserDensity
@@ -50,7 +51,7 @@ def sample(
         check_suffix(out)
     draws = _drawn(named, folder, drawing, console, errors)
     if out is not None:
-        write_draws(out, draws)
+        write_draws(out, draws, named.record)
         console.print(f"{len(draws)} draws: {escape(str(out))}", highlight=False)
     show(console, summary_rows(summary(draws, drawing["level"]), named.density))
     return draws
@@ -70,7 +71,7 @@ def diagnosis(  # noqa: PLR0913 - what is drawn, or a file of draws
     """Compare draws, of a sampler or from `file`, with their density; write report.html and result.json into `out`."""
     if file is not None and folder is not None:
         raise ValueError("give --from or --draws, not both")
-    draws = read_draws(file) if file is not None else _drawn(named, folder, drawing, console, errors)
+    draws = _read(file, named, errors) if file is not None else _drawn(named, folder, drawing, console, errors)
     with notes(errors), console.status("comparing"):
         found = diagnose(draws, named.density, rows=rows, level=drawing["level"])
     source = str(file or folder or named.folder)
@@ -87,6 +88,15 @@ def diagnosis(  # noqa: PLR0913 - what is drawn, or a file of draws
         console.print(f"[yellow]note:[/] {escape(line)}", highlight=False)
     console.print(f"report: {escape(str(out / REPORT))}", highlight=False)
     return found
+
+
+def _read(file: Path, named: Named, errors: Console) -> Draws:
+    """Return the draws in `file`; a note says where they are of another density."""
+    draws, target = read_draws(file), read_target(file)
+    if target is not None and target != json.loads(json.dumps(named.record)):
+        told = f"{file} holds draws of {described(target)}: weights that it has are not of this density"
+        errors.print(f"[yellow]note:[/] {escape(told)}", highlight=False)
+    return draws
 
 
 def export(named: Named, folder: Path | None, out: Path, steps: int, console: Console, errors: Console) -> None:
