@@ -396,6 +396,8 @@ def test_samples_follow_the_target_and_do_not_depend_on_chunks():
     mean, std = torch.tensor(MEAN), torch.tensor(VARIANCES).sqrt()
     assert bool(((draws.x.mean(0) - mean).abs() < 4 * std / math.sqrt(20_000) + 0.01 * mean.abs()).all())
     assert bool((draws.x.std(0) / std - 1).abs().max() < 4 / math.sqrt(40_000))
+    with pytest.raises(ValueError, match="chunk must be at least 1"):
+        sampler.sample(8, chunk=0)
     small = sampler.sample(1500, seed=3, chunk=1024)
     assert torch.equal(small.x, draws.x[:1500])
     assert torch.equal(small.log_weights, draws.log_weights[:1500])

@@ -503,6 +503,16 @@ def test_wrong_recipes_are_refused(tmp_path, old, new, match):
         recipes.train_prior(tmp_path / "r.yaml", photos(tmp_path / "photos"), tmp_path / "out")
 
 
+def test_numbers_of_a_recipe_may_be_written_as_elsewhere(tmp_path):
+    text = (recipes.FOLDER / "natural.yaml").read_text(encoding="utf-8")
+    (tmp_path / "r.yaml").write_text(text + "\n", encoding="utf-8")
+    plain = recipes.read_recipe(tmp_path / "r.yaml")
+    assert plain == recipes.read_recipe("natural") and "lr: " in text
+    line = next(part for part in text.splitlines() if "lr: " in part)
+    (tmp_path / "r.yaml").write_text(text.replace(line, line.split("lr:")[0] + "lr: 1e-3"), encoding="utf-8")
+    assert recipes.read_recipe(tmp_path / "r.yaml").training["lr"] == 1e-3
+
+
 def test_a_missing_recipe_is_named(tmp_path):
     with pytest.raises(ValueError, match="cannot be read as a recipe"):
         recipes.read_recipe(tmp_path / "none.yaml")

@@ -65,7 +65,7 @@ class Truth:
             out[name] = value
             if reason:
                 out["missing"][name] = reason
-        name = f"coverage{100 * level:.0f}"
+        name = f"coverage{100 * level:g}"
         out[name] = None
         if summary.lower is None or summary.upper is None:
             out["missing"][name] = "an interval needs at least 2 samples"

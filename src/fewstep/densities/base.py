@@ -125,11 +125,11 @@ class DensitySampler(ABC):
             weights: whether importance weights are computed too; they cost target calls, and Jacobians for maps.
 
         Raises:
-            ValueError: `n` or `steps` is below one.
+            ValueError: `n`, `steps` or `chunk` is below one.
         """
         steps = self.steps if steps is None else steps
-        if n < 1 or steps < 1:
-            raise ValueError(f"n and steps must be at least 1, got {n} and {steps}")
+        if min(n, steps, chunk) < 1:
+            raise ValueError(f"n, steps and chunk must be at least 1, got {n}, {steps} and {chunk}")
         begin, size = time.perf_counter(), -(-chunk // Streams.SIZE) * Streams.SIZE
         parts = [self.draw(Streams(seed, range(k, min(k + size, n))), steps, weights) for k in range(0, n, size)]
         logs = [part.log_weights.double() for part in parts if part.log_weights is not None]

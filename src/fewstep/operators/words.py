@@ -141,7 +141,7 @@ class SuperResolution(Operator):
 
     word: ClassVar[str] = "sr"
     summary: ClassVar[str] = "bicubic down-sampling: the image is `factor` times larger than the measurement"
-    factor: int = option(4, "2, 3 or 4")
+    factor: int = option(4, "2 or more")
 
     def __post_init__(self) -> None:
         if self.factor < 2:

@@ -6,6 +6,7 @@ The key `kind` says what is trained: "prior" (the default), "ud2m", "labelled" (
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from functools import partial
@@ -56,7 +57,7 @@ def read_recipe(path: str | Path) -> Any:
 
     file = FOLDER / f"{path}.yaml" if (FOLDER / f"{path}.yaml").is_file() else Path(path)
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        values = yaml.load(file.read_text(encoding="utf-8"), _loader())
     except (OSError, yaml.YAMLError) as error:
         raise ValueError(f"{file} cannot be read as a recipe ({error})") from None
     if not isinstance(values, Mapping):
@@ -66,6 +67,19 @@ def read_recipe(path: str | Path) -> Any:
     if kind not in KINDS:
         raise ValueError(f"{file}: unknown kind {kind!r}; choose one of {', '.join(KINDS)}")
     return build(KINDS[kind](), given, str(file))
+
+
+def _loader() -> type:
+    """Return yaml's safe loader, to which 1e-3 is a number, as to everyone else; YAML 1.1 wants 1.0e-3."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    Loader.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+    )
+    return Loader
 
 
 def build(cls: type, values: Any, where: str) -> Any:
