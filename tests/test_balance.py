@@ -185,8 +185,9 @@ def test_a_student_is_balanced_saved_and_exported_with_its_warps(tmp_path):
 
 
 def test_bad_settings_are_refused():
-    with pytest.raises(ValueError, match="number of draws"):
-        CDDS(balance=-1)
+    for few in (-1, 10):
+        with pytest.raises(ValueError, match="number of draws"):
+            CDDS(balance=few)
     with pytest.raises(ValueError, match="only jumps"):
         MapSampler(Whitened(Law(GAUSSIAN)), EDMMap(SCHEDULE, Law(GAUSSIAN)), renoise=True, warps={1: Warp(2)})
 

@@ -26,10 +26,8 @@ from fewstep.densities.students._sampler import MapSampler
 from fewstep.densities.students._warp import Warp
 
 _SHARES = (1.0, 1.0, 0.5)  # of the step, by rounds: the last ones average the noise of their draws
-_TESTS, _WAVES = (
-    512,
-    (0.5, 8.0),
-)  # functions h, and how fast the slowest and the fastest of them turn in whitened coordinates
+_TESTS = 512  # functions h
+_WAVES = (0.5, 8.0)  # how fast the slowest and the fastest of them turn in whitened coordinates
 _RIDGE = 0.01
 _HEAVIEST = 10.0  # weights beyond it times their mean count as that: few draws should not decide
 _KEPT = 0.9  # of the ESS: less is too much for it
@@ -121,10 +119,8 @@ def _means(sampler: MapSampler, count: int, tests: Cosines, rows: int, seed: int
         logs.append(torch.stack([found.log_weights, found.signs]))
     log_w, signs = torch.cat(logs, 1)
     w = _relative(log_w, signs)
-    gap, response = (
-        torch.zeros(_TESTS, dtype=torch.float64),
-        torch.zeros(_TESTS, len(warp.heights), dtype=torch.float64),
-    )
+    gap = torch.zeros(_TESTS, dtype=torch.float64)
+    response = torch.zeros(_TESTS, len(warp.heights), dtype=torch.float64)
     for z, y, part in zip(starts, ends, w.split(_CHUNK), strict=True):
         h = tests(y.nan_to_num(0.0, 0.0, 0.0))
         h = h - h.mean(0)

@@ -37,6 +37,7 @@ from fewstep.training import Batches
 
 _NARROWEST = 0.003  # slope, which errors are taken relative to
 _FAR = 0.3  # relative errors beyond it count by themselves, not by their squares
+_FEWEST = 256  # draws of which means can be taken
 _CHEAPEST = 8  # dimensions up to which their cost does not count
 _WIDEST = 64  # dimensions up to which exact determinants are cheap enough to train on
 
@@ -198,8 +199,8 @@ class CDDS(Presets):
     def __post_init__(self) -> None:
         if not self.counts or min(self.counts) < 1 or not self.wide >= 1:
             raise ValueError(f"needs counts of 1 and more and a wide of 1 or more, got {self.counts} and {self.wide}")
-        if self.balance < 0:
-            raise ValueError(f"balance must be a number of draws, or 0 for none, got {self.balance}")
+        if self.balance and self.balance < _FEWEST:
+            raise ValueError(f"balance must be a number of draws from {_FEWEST} on, or 0 for none, got {self.balance}")
 
     def model(self, denoiser: Denoiser, whitened: Whitened) -> Followed:
         """Return what is trained, for a teacher as `ready` gives it; takes its initial weights from the global generator."""
