@@ -166,6 +166,8 @@ def test_samplers_are_listed(density):
             "no preset 'wide'; it has narrow, modes",
         ),
         (("fit", "nine_modes", "--out", "o", "--bacth", "3"), "nine_modes has no option 'bacth'; did you mean batch"),
+        (("fit", "nine_modes", "--out", "o", "--set", "stpes=3"), "has no option 'stpes'; did you mean steps"),
+        (("distill", "nine_modes", "--out", "o", "--set", "polsh=3"), "has no option 'polsh'; did you mean polish"),
         (("fit", "funnel", "--dim", "x", "--out", "o"), "funnel: dim must be int, got 'x'"),
         (("fit", "funnel", "--dim", "1", "--out", "o"), "the funnel needs dim >= 2"),
         (("fit", "--dim", "3", "funnel", "--out", "o"), "TARGET comes first"),
@@ -378,6 +380,19 @@ def test_two_lines_of_ones_own(density, tmp_path):
     path.write_text(OWN.replace("0.5", "0.6"))
     code, _, err = density("fit", path, "--dim", "2", "--out", out, *TINY)
     assert code == 2 and "is of another density" in err and "as it was then" in err
+
+
+def test_a_training_that_left_nothing_binds_its_folder_to_nothing(density, tmp_path, monkeypatch):
+    def failed(self):
+        raise FloatingPointError("the gradient is not finite")
+
+    path, out = own(tmp_path), tmp_path / "o"
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_train_step", failed)
+        code, _, err = density("fit", path, "--dim", "2", "--out", out, *TINY)
+    assert code != 0 and "is not finite" in err and (out / "run.json").is_file()
+    path.write_text(OWN.replace("0.5", "0.6"))
+    assert density("fit", path, "--dim", "2", "--out", out, *TINY)[0] == 0
 
 
 def test_a_box_and_a_score_are_options(tmp_path, monkeypatch):

@@ -89,11 +89,11 @@ def test_cmyk_becomes_colour(tmp_path):
     assert torch.allclose(x[0, :, 0, 0], torch.tensor([1.0, 0.0, 0.0]), atol=0.02)
 
 
-def test_exif_orientation_is_applied_and_then_blocks_are_not_trusted(tmp_path):
+def test_exif_orientation_is_applied(tmp_path):
     image, exif = Image.fromarray(pixels()), Image.Exif()
     exif[0x0112] = 6
     photo = read_photo(stored(image, tmp_path / "r.jpg", exif=exif))
-    assert photo.x.shape == (1, 3, 32, 24) and not photo.jpeg
+    assert photo.x.shape == (1, 3, 32, 24) and photo.jpeg and photo.notes
     assert read_photo(stored(image, tmp_path / "p.jpg")).jpeg
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from scipy.fft import idctn
 from scipy.ndimage import gaussian_filter
 from scipy.optimize import LinearConstraint, minimize
@@ -100,6 +101,42 @@ def test_indices_are_those_of_the_encoder_where_rounding_cannot_matter():
         )
         clear = (scaled - scaled.floor() - 0.5).abs() * transform.steps * 127.5 > 0.5
         assert torch.equal(scaled.round()[clear], y.indices[clear].to(F64)) and float(clear.double().mean()) > 0.5
+
+
+def turned(x, orientation, sampling="4:2:0", quality=50):
+    """Return what the file of an image says that is stored as EXIF `orientation` undoes it."""
+    undone = {5: 5, 6: 8, 7: 7, 8: 6}.get(orientation, orientation)  # Pillow turns by a tag, too
+    exif = Image.Exif()
+    exif[0x0112] = undone
+    image = Image.fromarray((x[0].permute(1, 2, 0).numpy() * 255).round().astype(np.uint8))
+    image.info["exif"] = exif.tobytes()
+    lying = ImageOps.exif_transpose(image)
+    exif[0x0112], out = orientation, io.BytesIO()
+    lying.save(out, "JPEG", exif=exif, quality=quality, subsampling=sampling)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_file_that_lies_on_its_side_is_held_upright(orientation):
+    """At a size where blocks are cut on one side: which one that is depends on how the file lies."""
+    x = photo(37, 51)
+    data = turned(x, orientation)
+    y = JpegMeasurement.from_file(data)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    assert y.image_shape == (3, 37, 51) and y.tables.orientation == orientation
+    assert np.array_equal((y.decoded[0] * 255).round().permute(1, 2, 0).byte().numpy(), np.asarray(upright))
+    other = {1: 3, 2: 4, 3: 1, 4: 2, 5: 7, 6: 8, 7: 5, 8: 6}[orientation]
+    inside = []
+    for tables in (y.tables, replace(y.tables, orientation=other)):
+        likelihood = JpegLikelihood(replace(y, tables=tables), dtype=F64)
+        v = likelihood.transform.forward(from_unit(x))
+        inside.append(float(((v >= likelihood.low) & (v <= likelihood.high)).double().mean()))
+    assert inside[0] > 0.99 and inside[1] < 0.95, "the other orientation of this size is found out"
+    check_projection(JpegLikelihood(y, dtype=F64), 5e-3)
+    transform, g = JpegTransform(y.tables, F64), torch.Generator().manual_seed(0)
+    v, u = (torch.randn(n, generator=g, dtype=F64) for n in ((1, transform.steps.numel()), (1, 3, 37, 51)))
+    assert torch.allclose((transform.forward(u) * v).sum(), (u * transform.adjoint(v)).sum())
+    check_form(gaussian_jpeg(y, dtype=F64))
 
 
 def test_grey_files_have_one_channel():

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import fewstep.restore as module
 from fewstep.core.samples import Samples
+from fewstep.images import load_image
 from fewstep.operators import words
 from fewstep.operators.grey import luma
 from fewstep.restore import Settings, restore, restore_folder
@@ -115,6 +116,18 @@ def test_a_jpeg_is_recognised_by_itself(tmp_path):
     Image.fromarray(pixels()).save(tmp_path / "p.jpg", quality=30)
     record = run(tmp_path / "p.jpg", tmp_path, operator=None, sigma=None).record
     assert record["operator"]["name"] == "jpeg" and record["sigma"] is None
+
+
+def test_a_photograph_of_a_telephone_is_restored_upright(tmp_path):
+    """Stored on its side, with the tag that says so: measurement, baseline and samples all stand as it was seen."""
+    exif, scene = Image.Exif(), pixels()
+    exif[0x0112] = 6
+    Image.fromarray(scene).rotate(90, expand=True).save(tmp_path / "p.jpg", quality=95, exif=exif)
+    result = run(tmp_path / "p.jpg", tmp_path, operator=None, sigma=None)
+    assert result.record["operator"]["name"] == "jpeg"
+    truth = torch.from_numpy(scene.copy()).permute(2, 0, 1) / 255
+    for x in (load_image(tmp_path / "out" / "measurement.png"), result.summary.mean):
+        assert x.shape[-3:] == truth.shape and float((x - truth).abs().mean()) < 0.03
 
 
 def test_without_a_method_a_jpeg_gets_the_one_that_suits_it(tmp_path):

@@ -12,6 +12,7 @@ import struct
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,7 +36,7 @@ class Photo:
         x: pixels, (1, 3, H, W) float32; in [0, 1], except from .npy and .safetensors, which are kept as they are.
         path: the file.
         grey: the file has one channel; `x` holds it three times.
-        jpeg: the file is a JPEG whose pixels are used as they are stored (not rotated by its EXIF tag).
+        jpeg: the file is a JPEG.
         notes: what was done to the pixels, one line each, for the report.
     """
 
@@ -128,9 +129,8 @@ def _check_file(path: Path) -> None:
 def _from_pil(image: Image.Image, path: Path) -> Photo:
     jpeg, grey, notes = image.format in {"JPEG", "MPO"}, image.mode in _GREY, []
     upright = ImageOps.exif_transpose(image)
-    if upright.size != image.size or upright.getexif().get(0x0112) != image.getexif().get(0x0112):
-        notes.append("rotated as its EXIF orientation says")
-        jpeg = False  # the blocks of the file no longer lie on the grid of the pixels
+    if orientation_of(image) != 1:
+        notes.append("turned upright as its EXIF orientation says")
     if image.mode in _ALPHA or "transparency" in image.info:
         notes.append("transparency was composited on white")
     elif grey:
@@ -145,6 +145,12 @@ def _from_pil(image: Image.Image, path: Path) -> Photo:
         logger.info("%s: %s", path, note)
     pixels = torch.from_numpy(_to_array(upright, path)).permute(2, 0, 1)[None]
     return Photo(pixels.expand(1, 3, -1, -1).contiguous(), path, grey, jpeg, tuple(notes))
+
+
+def orientation_of(image: Image.Image) -> int:
+    """Return the EXIF orientation of an image, 1 to 8; 1 where it says none that there is."""
+    found: Any = image.getexif().get(0x0112)
+    return int(found) if found in range(1, 9) else 1
 
 
 def _deep_png(path: Path) -> bool:

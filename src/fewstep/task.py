@@ -208,11 +208,7 @@ def word_of(photo: Photo, chosen: Settings) -> Operator:
         return build_word(chosen.operator, chosen.operator_fields)
     if photo.jpeg and not chosen.simulate:
         return build_word(JPEG, chosen.operator_fields)
-    why = (
-        "is to be degraded"
-        if chosen.simulate
-        else "is no JPEG that lies as it is stored, whose compression would be recognised"
-    )
+    why = "is to be degraded" if chosen.simulate else "is no JPEG, whose compression would be recognised"
     raise ValueError(f"{photo.path} {why}: give --operator, one of {', '.join(operators())}")
 
 

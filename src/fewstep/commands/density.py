@@ -97,7 +97,7 @@ def fit(  # noqa: PLR0913, PLR0917 - one parameter is one option
     own_or_given = {"train_steps": train_steps, "batch": batch, "lr": lr, "ema": ema}
     others = {"seed": seed, "whiten": whiten, "cpu": not gpu, "checkpoint_every": checkpoint_every}
     options = options_for(teacher, **own_or_given, **others)
-    job = training.Job(_named(context, target, for_target), out, options, resume)
+    job = training.Job(_named(context, target, for_target, teacher), out, options, resume)
     raise typer.Exit(training.fit(job, teacher, loss, console, errors))
 
 
@@ -128,7 +128,7 @@ def distill(  # noqa: PLR0913, PLR0917 - one parameter is one option
     for_target, own = training.split(given, type(training.student_of(method, preset, {})))
     student = training.student_of(method, preset, own)
     options = FitOptions(train_steps, batch, lr, ema, seed, cpu=not gpu, checkpoint_every=checkpoint_every)
-    job = training.Job(_named(context, target, for_target), out, options, resume)
+    job = training.Job(_named(context, target, for_target, student), out, options, resume)
     raise typer.Exit(training.distill(job, teacher, student, console, errors))
 
 
@@ -216,8 +216,10 @@ def samplers(name: Annotated[str | None, typer.Argument(help="One sampler, with 
     console.print(runs.sampler_table(name))
 
 
-def _named(context: typer.Context, target: str, fields: dict[str, str]) -> Named:
-    """Return the density, with `fields` and the options that the command does not know."""
+def _named(context: typer.Context, target: str, fields: dict[str, str], method: Any = None) -> Named:
+    """Return the density, with `fields` and the options that the command does not know, nor the settings of `method`."""
+    from dataclasses import fields as fields_of
+
     from fewstep.commands.density_runs import notes
     from fewstep.commands.density_target import find
     from fewstep.options import pairs
@@ -225,5 +227,6 @@ def _named(context: typer.Context, target: str, fields: dict[str, str]) -> Named
     if target.startswith("-"):
         raise ValueError(f"TARGET comes first, before the options, got {target!r}")
     known: list[Any] = [name.removeprefix("--") for p in context.command.params for name in p.opts]
+    known += [field.name for field in fields_of(method)] if method is not None else []
     with notes(errors):
         return find(target, {**fields, **pairs(context.args)}, known)

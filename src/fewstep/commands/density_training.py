@@ -16,7 +16,7 @@ from fewstep.checkpoints import last_checkpoint
 from fewstep.commands.density_card import density_card
 from fewstep.commands.density_runs import command_line, described, load, notes, show
 from fewstep.commands.density_target import RUN, Named, read_run
-from fewstep.core.files import read_header, write_bytes
+from fewstep.core.files import HEADER, read_header, write_bytes
 from fewstep.core.registry import get
 from fewstep.densities.base import DensitySampler
 from fewstep.densities.diagnosis import summary
@@ -59,7 +59,8 @@ class Job:
         """
         if importlib.util.find_spec("accelerate") is None:
             raise ValueError("training needs accelerate; pip install fewstep[train]")
-        before = read_run(self.out) if (self.out / RUN).is_file() else None
+        begun = last_checkpoint(self.out) is not None or (self.out / HEADER).is_file()  # else there is nothing to lose
+        before = read_run(self.out) if begun and (self.out / RUN).is_file() else None
         if before and before["target"] != self.named.record:
             raise ValueError(f"{self.out} is of another density, {described(before['target'])}; choose another folder")
         if before and before.get("teacher_sha256") != facts.get("teacher_sha256"):

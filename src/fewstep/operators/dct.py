@@ -16,6 +16,11 @@ from torch import Tensor
 from fewstep.operators.jpeg_file import JpegFile
 
 LEVELS = 127.5  # grey levels in a unit of the prior's coordinates
+# of EXIF orientations: whether what is stored is transposed, and along which axes it is flipped then, to stand upright
+_TURNS: dict[int, tuple[bool, tuple[int, ...]]] = {
+    **{1: (False, ()), 2: (False, (-1,)), 3: (False, (-2, -1)), 4: (False, (-2,))},
+    **{5: (True, ()), 6: (True, (-1,)), 7: (True, (-2, -1)), 8: (True, (-2,))},
+}
 _YCBCR = ((0.299, 0.587, 0.114), (-0.168735892, -0.331264108, 0.5), (0.5, -0.418687589, -0.081312411))
 
 
@@ -26,38 +31,53 @@ class JpegTables:
     Attributes:
         steps: one table per component in natural order, (8, 8) each, in grey levels.
         sampling: (horizontal, vertical) sampling factor of each component.
-        size: (height, width) of the image.
+        size: (height, width) of the image as it is stored.
+        orientation: 1 to 8, how EXIF says that it is turned to stand upright.
     """
 
     steps: tuple[np.ndarray, ...]
     sampling: tuple[tuple[int, int], ...]
     size: tuple[int, int]
+    orientation: int = 1
 
     @classmethod
-    def of(cls, file: JpegFile) -> JpegTables:
+    def of(cls, file: JpegFile, orientation: int = 1) -> JpegTables:
         """Return the tables of a parsed file."""
         steps = tuple(file.tables[c.table] for c in file.components)
-        return cls(steps, tuple((c.h, c.v) for c in file.components), (file.height, file.width))
+        return cls(steps, tuple((c.h, c.v) for c in file.components), (file.height, file.width), orientation)
 
     def __eq__(self, other: object) -> bool:
         """Compare tables by value."""
         if not isinstance(other, JpegTables):
             return NotImplemented
-        same = len(self.steps) == len(other.steps) and self.sampling == other.sampling and self.size == other.size
+        geometry = (self.sampling, self.size, self.orientation) == (other.sampling, other.size, other.orientation)
+        same = geometry and len(self.steps) == len(other.steps)
         return same and all(np.array_equal(a, b) for a, b in zip(self.steps, other.steps, strict=True))
 
     def __hash__(self) -> int:
         """Hash the geometry."""
-        return hash((self.sampling, self.size))
+        return hash((self.sampling, self.size, self.orientation))
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W); grey files have one channel."""
-        return len(self.steps), *self.size
+        """(C, H, W) of the upright image; grey files have one channel."""
+        h, w = self.size
+        return (len(self.steps), w, h) if _TURNS[self.orientation][0] else (len(self.steps), h, w)
+
+    def upright(self, stored: Tensor) -> Tensor:
+        """Return images as EXIF says that they stand, (..., H, W), from how they are stored, (..., *size)."""
+        transposed, axes = _TURNS[self.orientation]
+        return (stored.mT if transposed else stored).flip(axes)
+
+    def stored(self, upright: Tensor) -> Tensor:
+        """Return images as they are stored; undoes `upright`."""
+        transposed, axes = _TURNS[self.orientation]
+        flipped = upright.flip(axes)
+        return flipped.mT if transposed else flipped
 
 
 class JpegTransform:
-    """x, (N, C, H, W), to all coefficients, (N, D): component by component, block by block.
+    """x, (N, C, H, W) and upright, to all coefficients, (N, D): component by component, block by block.
 
     Padding follows libjpeg: columns repeat the last pixel before chroma is averaged, rows repeat the last averaged row. Other
     encoders may fill the last blocks of an image whose sides are no multiple of the unit (8 or 16 pixels) differently.
@@ -87,7 +107,7 @@ class JpegTransform:
 
     def forward(self, x: Tensor) -> Tensor:
         """Return all coefficients, (N, C, H, W) -> (N, D)."""
-        planes = torch.einsum("dc,nchw->ndhw", self.colour, x)
+        planes = torch.einsum("dc,nchw->ndhw", self.colour, self.tables.stored(x))
         out = []
         for i, (rows, columns) in enumerate(zip(self.rows, self.columns, strict=True)):
             plane = planes[:, i].index_select(1, rows.flatten()).unflatten(1, rows.shape).mean(2)
@@ -105,7 +125,7 @@ class JpegTransform:
             part = plane.new_zeros(n, plane.shape[1], width).index_add_(2, columns.flatten(), spread)
             spread = (part / rows.shape[1]).repeat_interleave(rows.shape[1], 1)
             planes.append(plane.new_zeros(n, height, width).index_add_(1, rows.flatten(), spread))
-        return torch.einsum("dc,ndhw->nchw", self.colour, torch.stack(planes, 1))
+        return self.tables.upright(torch.einsum("dc,ndhw->nchw", self.colour, torch.stack(planes, 1)))
 
     def planes(self, coefficients: Tensor) -> list[Tensor]:
         """Return the padded colour planes that coefficients (N, D) stand for, (N, h, w) each."""
@@ -121,7 +141,7 @@ class JpegTransform:
         for plane, rows, columns in zip(self.planes(coefficients), self.rows, self.columns, strict=True):
             wide = plane.repeat_interleave(rows.shape[1], 1).repeat_interleave(columns.shape[1], 2)
             full.append(wide[:, :height, :width])
-        return torch.einsum("cd,ndhw->nchw", torch.linalg.inv(self.colour), torch.stack(full, 1))
+        return self.tables.upright(torch.einsum("cd,ndhw->nchw", torch.linalg.inv(self.colour), torch.stack(full, 1)))
 
     def amplification(self) -> Tensor:
         """Return by how much padding amplifies a block, (D,): 1 but in blocks that the border of the image cuts."""

@@ -21,6 +21,7 @@ from fewstep.core.likelihood import Counts, GaussianLikelihood, Likelihood
 from fewstep.core.linalg import cg
 from fewstep.core.noise import Noise
 from fewstep.core.spectral import Spectrum
+from fewstep.images import orientation_of
 from fewstep.operators.dct import LEVELS, JpegTables, JpegTransform
 from fewstep.operators.image import from_unit, to_unit
 from fewstep.operators.jpeg_file import read_jpeg
@@ -39,7 +40,7 @@ class JpegMeasurement:
     Attributes:
         tables: quantisation tables, sampling factors, size.
         indices: all quantised coefficients, (B, D) int16, in the order of `JpegTransform`.
-        decoded: the images as Pillow decodes them, (B, C, H, W) float32 in [0, 1]; EXIF rotation is not applied.
+        decoded: the images as Pillow decodes them, (B, C, H, W) float32 in [0, 1], upright as EXIF says.
     """
 
     tables: JpegTables
@@ -51,11 +52,11 @@ class JpegMeasurement:
         """Read a file or its bytes; ValueError where it is no JPEG that can be read, see `read_jpeg`."""
         file = read_jpeg(source)
         indices = np.concatenate([c.blocks().reshape(-1) for c in file.components])
-        tables = JpegTables.of(file)
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            tables = JpegTables.of(file, orientation_of(image))
             pixels = np.array(image.convert("RGB" if len(tables.steps) == 3 else "L"))
         decoded = torch.from_numpy(pixels).reshape(1, *tables.size, -1).permute(0, 3, 1, 2) / 255
-        return cls(tables, torch.from_numpy(indices)[None], decoded.contiguous())
+        return cls(tables, torch.from_numpy(indices)[None], tables.upright(decoded).contiguous())
 
     @classmethod
     def stack(cls, items: list[JpegMeasurement]) -> JpegMeasurement:

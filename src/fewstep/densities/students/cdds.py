@@ -145,7 +145,7 @@ class CDDS(Presets):
     """
 
     map: str = "scaled"
-    size: MapConfig = field(default_factory=MapConfig)
+    size: MapConfig = field(default_factory=lambda: MapConfig(steep=True))
     objective: FlowRegression | SelfConsistency = field(default_factory=FlowRegression)
     incomplete: bool = False
     solver_steps: int = 64
