@@ -107,6 +107,13 @@ def test_wrong_path(fewstep, tmp_path):
     assert code == 2 and "does not exist" in err
 
 
+@pytest.mark.parametrize("given", [("--out", ""), ("--out=",)])
+def test_an_empty_word_is_not_the_current_folder(fewstep, tmp_path, monkeypatch, given):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = fewstep("restore", write_png(tmp_path), *FEW, *given)
+    assert code == 2 and "nothing is given after --out" in err and len(list(tmp_path.iterdir())) == 1
+
+
 def test_unknown_option_is_a_usage_error(fewstep, tmp_path):
     code, _, err = fewstep("restore", write_png(tmp_path), "--sampels", "3")
     assert code == 2 and "--samples" in err

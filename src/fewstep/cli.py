@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import sys
@@ -320,6 +321,7 @@ def main() -> NoReturn:
     """Run the command; bad input is one red line on stderr and exit code 2 (FEWSTEP_DEBUG=1 shows the traceback)."""
     signal.signal(signal.SIGTERM, _terminate)
     try:
+        _check_words(sys.argv)
         app()
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("FEWSTEP_DEBUG") == "1":
@@ -327,6 +329,14 @@ def main() -> NoReturn:
         errors.print(f"[bold red]error:[/] {escape(' '.join(str(error).split()))}", highlight=False)
         sys.exit(2)
     sys.exit(0)
+
+
+def _check_words(words: list[str]) -> None:
+    """Raise ValueError where a word is empty, as an unset variable leaves it: as a path it would be the current folder."""
+    for before, word in itertools.pairwise(words):
+        name, sign, value = word.partition("=") if word.startswith("--") else (before, "", word)
+        if not value and (sign or not word):
+            raise ValueError(f"nothing is given after {name}: an empty word, as an unset variable leaves it")
 
 
 def _terminate(_number: int, _frame: FrameType | None) -> None:
