@@ -220,6 +220,7 @@ def test_bench_passes_typed_options_on(fewstep, monkeypatch):
     monkeypatch.setattr("fewstep.bench.gaussian.main", main)
     assert fewstep("bench", "gaussian", "--folder", "x", "--limit=3", "--methods", "dps,ddrm")[0] == 0
     assert seen == {"folder": "x", "limit": 3, "methods": ("dps", "ddrm")}
+    assert fewstep("bench", "gaussian", "--folder", "x", "--methods=")[0] == 0 and seen["methods"] == ()
     assert "needs --folder" in fewstep("bench", "gaussian")[2]
     assert "did you mean limit" in fewstep("bench", "gaussian", "--limits", "3")[2]
 

@@ -42,7 +42,8 @@ def test_every_method_is_on_its_page(maker):
 
 
 def test_all_are_found(maker):
-    assert len(maker.methods()) == 13
+    files = Path(fewstep.__file__).parent.joinpath("methods").glob("[!_]*.py")
+    assert maker.methods().keys() == {path.stem for path in files} and len(maker.methods()) >= 13
 
 
 def test_a_stale_table_is_noticed(maker):
