@@ -16,7 +16,7 @@ from fewstep.densities.corrections import KernelMixture, Latent, smc_through
 from fewstep.densities.draws import Draws
 from fewstep.densities.estimators import weights
 from fewstep.densities.estimators.gaussian import log_normal
-from fewstep.densities.laplace import laplace
+from fewstep.densities.laplace import Laplace, laplace
 from fewstep.densities.mcmc.bridge import Bridge
 from fewstep.densities.mcmc.chains import Chains
 from fewstep.densities.mcmc.crank_nicolson import CrankNicolson
@@ -333,6 +333,29 @@ def test_laplace_finds_the_mode_and_its_weights_are_unbiased():
     log_z = sum(float(torch.trapezoid(target.line(grid, y).exp(), grid).log()) for y in target.counts)
     log_w = sampler.sample(20_000).log_weights - log_z
     assert abs(pull(log_w)) < 4 < abs(pull(log_w + 0.1))
+
+
+def test_laplace_leaves_a_saddle():
+    """Two wells: the origin, where it starts, is a stationary point, but no mode."""
+    target = as_target(lambda x: -((x[:, 0].square() - 4) ** 2) - x[:, 1].square() / 2, 2)
+    sampler = laplace(target)
+    assert sampler.whitened.shift.abs().tolist() == pytest.approx([2.0, 0.0], abs=1e-3)
+    assert sampler.sample(1000).ess > 0.5
+
+
+def test_an_upper_bound_is_finite_where_rounding_leads_onto_the_border():
+    """Beta(1/2, 1/2): of many exact draws some are 1 in single precision."""
+    target = as_target(lambda x: -0.5 * (x.log() + (1 - x).log()).sum(1), 1, support=(0.0, 1.0))
+    x = torch.tensor([[0.3], [1 - 1e-9]], dtype=torch.float64)
+    assert all(math.isfinite(value) for value in Laplace(Whitened(target)).eubo(x))
+
+
+def test_a_sampler_is_of_its_support(tmp_path):
+    half, line = (as_target(lambda x: -0.5 * x.square().sum(1), 1, support=s) for s in ((0.0, 1.0), None))
+    Laplace(Whitened(half)).save(tmp_path)
+    assert bool((load_density_sampler(tmp_path, half).sample(50).x < 1).all())
+    with pytest.raises(ValueError, match="lives in"):
+        load_density_sampler(tmp_path, line)
 
 
 def test_laplace_says_where_there_is_no_mode():

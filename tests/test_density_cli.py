@@ -404,6 +404,29 @@ def test_a_box_and_a_score_are_options(tmp_path, monkeypatch):
     assert len(found.record["sha256"]) == 64
 
 
+def test_the_line_of_a_card_makes_the_same_density(tmp_path, monkeypatch):
+    """Of a function with its box, score and log Z, of a class with fields, of an object, and of a density of the zoo."""
+    monkeypatch.chdir(tmp_path)
+    body = "import math\nfrom fewstep.densities.targets.funnel import Funnel\nfrom dataclasses import dataclass\n"
+    body += "def fall(x):\n    return -x.sum(-1)\ndef slope(x):\n    return 0 * x - 1\n"
+    body += "@dataclass(frozen=True)\nclass Mine(Funnel):\n    pass\nready = Mine(dim=4)\n"
+    own(tmp_path, body, "cards.py")
+    for word, given in (
+        ("cards:fall", {"dim": "2", "low": "0", "score": "slope", "log-z": "1.5"}),
+        ("cards:fall", {"dim": "2", "low": "0", "high": "1"}),
+        ("cards:Mine", {"dim": "3"}),
+        ("cards:ready", {}),
+        ("funnel", {"dim": "5"}),
+    ):
+        found = find(word, given)
+        names = {"fewstep": library, **vars(sys.modules["cards"])} if ":" in word else {"fewstep": library}
+        exec(found.code, names)
+        made = names["target"]
+        assert (made.dim, made.support, made.log_z) == (found.density.dim, found.density.support, found.density.log_z)
+        assert type(made) is type(found.density)
+        assert getattr(made, "own_score", None) == getattr(found.density, "own_score", None)
+
+
 def test_a_name_goes_before_a_folder_of_that_name(tmp_path, folders, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "funnel").symlink_to(folders / "teacher", target_is_directory=True)

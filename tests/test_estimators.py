@@ -85,6 +85,18 @@ def test_what_is_hidden_from_differentiation_is_an_error(hide):
         jacobian.log_abs_det(hide, normals(40, 3).float())
 
 
+def test_a_steep_place_is_not_taken_for_something_hidden():
+    """One draw in the middle of a step between modes, where a difference quotient is far off."""
+    steep = jacobian.determinant(lambda v: v + torch.tanh(1000 * v), torch.full((1, 2), 1e-3))
+    assert steep.folds == 0 and float(steep.log_abs) > 10
+
+
+def test_draws_without_weight_are_not_picked():
+    empty = Draws(normals(10, 2), torch.full((10,), -torch.inf, dtype=torch.float64), "unbiased")
+    with pytest.raises(ValueError, match="no draw has a positive weight"):
+        empty.resample()
+
+
 def test_inverse_and_the_upper_bound_it_gives():
     """rho = exp(2) N(0, 0.25 I) by f = bend: the EUBO from exact samples lies above log Z = 2 by the forward divergence."""
     z = normals(500, 3)

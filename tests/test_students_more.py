@@ -10,7 +10,7 @@ from fewstep.core.noise import Streams
 from fewstep.core.registry import get
 from fewstep.densities.export import export
 from fewstep.densities.particles import Proposal, StateSpace, filtered, kalman, train
-from fewstep.densities.students._maps import MAPS, GuidedMap, MapConfig, ResidualMap, ScaledMap
+from fewstep.densities.students._maps import MAPS, EDMMap, GuidedMap, MapConfig, ResidualMap, ScaledMap
 from fewstep.densities.students._sampler import MapSampler, jumped
 from fewstep.densities.students._self import Learner
 from fewstep.densities.teachers.implicit import Entropy
@@ -164,7 +164,7 @@ def some_map(kind, scale):
         torch.manual_seed(0)
         flow_map = kind(SCHEDULE, whitened, MapConfig(16, 1))
         torch.nn.init.normal_(flow_map.net.last.weight, std=0.3)
-    return MapSampler(whitened, flow_map.eval())
+    return MapSampler(whitened, flow_map.eval(), renoise=not flow_map.jumps)
 
 
 @torch.no_grad()
@@ -188,6 +188,14 @@ def test_exported_program_is_the_map(kind, scale, tmp_path):
         export(sampler, tmp_path / "none.pt2", steps=0)
     with pytest.raises(ValueError, match="score of its target"):
         export(MapSampler(sampler.whitened, GuidedMap(SCHEDULE, sampler.whitened)), tmp_path / "guided.pt2")
+
+
+def test_a_consistency_function_can_be_exported(tmp_path):
+    sampler = some_map(EDMMap, SCALES["widths"])
+    program = torch.export.load(export(sampler, tmp_path / "map.pt2")).module()
+    assert off(program, sampler, 5, steps=1) < 1e-5
+    with pytest.raises(ValueError, match="goes to time 0 only"):
+        sampler.flow_map(torch.zeros(1, 2), torch.tensor(1.0), torch.tensor(0.5))
 
 
 @pytest.mark.parametrize("kind", [ResidualMap, ScaledMap, MAPS["gated"]])

@@ -19,6 +19,7 @@ from fewstep.densities.targets._threefry import uniform
 from fewstep.densities.targets.concentric_rings import ConcentricRings
 from fewstep.densities.targets.funnel import Funnel
 from fewstep.densities.targets.nine_modes import NineModes
+from fewstep.densities.targets.phi4 import Phi4
 from fewstep.testing.density import check_histogram, check_sampler, check_score, check_target, has_sampler
 
 # small ones of each family; the others are tried as they are
@@ -32,6 +33,36 @@ FIELDS = {
     "student_mixture": {"dim": 4},
     "two_modes": {"dim": 8, "condition": 100.0},
 }
+
+
+@pytest.mark.parametrize(("name", "values"), [("mw54", {"dim": 3}), ("rosenbrock", {"dim": 1})])
+def test_sizes_that_cannot_be_are_refused(name, values):
+    with pytest.raises(ValueError, match=r"cannot have two wells|two coordinates at least"):
+        target(name, **values)
+
+
+def test_log_z_holds_far_from_the_default_sizes():
+    """The radius of wide rings has mean d; a warm phi^4 chain leaves the grid of a cold one, and one that leaves its own says so."""
+    rings = ConcentricRings(100)
+    far = math.log(2) + 50 * math.log(math.pi) - math.lgamma(50) + math.lgamma(100) + 4.5 * math.pi
+    assert rings.log_z == pytest.approx(far, abs=1e-3), "beyond the rings the radius has a Gamma law"
+    chain = Phi4(dim=2, beta=0.2)
+    grid = torch.linspace(-15, 15, 601, dtype=torch.float64)
+    value = chain.log_prob(torch.cartesian_prod(grid, grid)).logsumexp(0) + 2 * math.log(0.05)
+    assert chain.log_z == pytest.approx(float(value), abs=1e-6)
+
+    class Narrow(Phi4):
+        high = 1.0
+
+    with pytest.raises(ValueError, match="beyond the grid"):
+        _ = Narrow(dim=2).log_z
+
+
+@pytest.mark.parametrize("name", ["nine_modes", "student_mixture", "dw4"])
+def test_integers_are_points_too(name):
+    density = target(name)
+    x = torch.ones(1, density.dim, dtype=torch.int64)
+    assert torch.equal(density.log_prob(x), density.log_prob(x.float())) and density.score(x).is_floating_point()
 
 
 @pytest.fixture(scope="module")

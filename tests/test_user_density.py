@@ -9,9 +9,15 @@ import torch
 
 from fewstep.core.density import TargetDensity, gradient
 from fewstep.core.noise import Streams
+from fewstep.core.registry import get
+from fewstep.densities.corrections import smc_through
+from fewstep.densities.fit import fit
+from fewstep.densities.laplace import laplace
+from fewstep.densities.networks import NetConfig
 from fewstep.densities.properness import Improper
 from fewstep.densities.support import box_slopes, from_box, to_box
 from fewstep.densities.targets import target
+from fewstep.densities.teachers.dds import DDS
 from fewstep.densities.user import NonFinite, as_target
 from fewstep.densities.whitened import Whitened, whiten
 from fewstep.testing.density import check_form, check_score
@@ -21,6 +27,67 @@ DATA = torch.eye(3, dtype=torch.float64)
 
 def normals(n, d, seed=0):
     return Streams(seed, range(n), torch.float64).randn(d)
+
+
+def test_a_log_density_in_float64_is_not_rounded():
+    """At -1e8 float32 keeps multiples of 8, and exact draws would have weights of e^-4 to e^4; training and chains take it too."""
+    density = as_target(lambda x: -1e8 - 0.5 * (x.double() - 1).square().sum(1), 2)
+    for sampler in (laplace(density), fit(density, sampler="dis", train_steps=2, batch=32)):
+        draws = sampler.sample(1024)
+        assert draws.ess > 0.9 and abs(draws.log_z + 1e8 - math.log(2 * math.pi)) < 0.01
+    assert math.isfinite(smc_through(laplace(density), 1024).log_z)
+    alone = as_target(lambda x: -1e8 - 0.5 * float(x[0]) ** 2, 1, score=lambda x: -x)
+    assert alone.log_prob(torch.tensor([[1.0], [2.0]])).diff().item() == -1.5, "Python's numbers are float64"
+
+
+def test_own_score_trains_by_relative_entropy_too():
+    """A `log_prob` that hides its gradient, with the right score beside it: the gradient of the control is the same."""
+    free = as_target(lambda x: -0.5 * (x - 1.5).square().sum(1), 2)
+    hidden = as_target(lambda x: -0.5 * (x.detach() - 1.5).square().sum(1), 2, score=lambda x: 1.5 - x)
+    grads = []
+    for density in (free, hidden):
+        control = DDS(net=NetConfig(8, 1), steps=4).control(whitened := Whitened(density))
+        torch.nn.init.constant_(control.last.bias, 0.1)
+        loss = get("kl", "losses")(whitened, DDS(steps=4).kernels(4))
+        value, _ = loss.loss("model", control, None, Streams(5, range(64)))
+        grads.append(torch.autograd.grad(value, control.last.bias)[0])
+    assert float(grads[0].abs().max()) > 0.1 and torch.allclose(*grads, atol=1e-4)
+
+
+def test_a_wide_law_is_no_flat_one():
+    for d, width in ((1, 1e6), (10, 3e5)):
+        as_target(lambda x, w=width: -0.5 * (x / w).square().sum(1), d)
+    with pytest.raises(Improper):
+        as_target(lambda x: -0.5 * (x[:, 0] / 1e6).square(), 2)
+
+
+def test_shapes_of_supports_and_scores_are_told():
+    law = FORMS["batch"]
+    with pytest.raises(ValueError, match="must be numbers or 3 of them"):
+        as_target(law, 3, support=(torch.zeros(2), torch.ones(2)))
+    with pytest.raises(TypeError, match="score must map"):
+        as_target(law, 3, score=lambda x: (-x * torch.tensor(SCALES))[..., None])
+    double = torch.diag(torch.tensor(SCALES, dtype=torch.float64))
+    density = as_target(law, 3, score=lambda x: -x @ double)  # works in float64 alone
+    assert density.score(torch.ones(2, 3)).dtype == torch.float32
+
+
+def test_whitening_leaves_chains_out_that_meet_nan():
+    class Half(TargetDensity):
+        dim = 1
+
+        def log_prob(self, x):
+            return (x.log() - x).sum(1)
+
+    assert bool(whiten(Half()).shift > 0.5)
+
+
+def test_a_draw_on_the_border_of_a_box_is_one_beside_it():
+    for support in ((0.0, 1.0), (-1000.0, 1000.0), (0.0, math.inf), (-math.inf, 1.0)):
+        ends = torch.tensor([[e] for e in support if math.isfinite(e)])
+        assert bool(from_box(ends, support).isfinite().all())
+        assert bool(from_box(ends.double(), support).isfinite().all())
+    assert not bool(from_box(torch.tensor([[1.5]]), (0.0, 1.0)).isfinite()), "what lies outside stays outside"
 
 
 # ---- what works: every form of the same law N(0, diag(1, 1/2, 1/4))
@@ -47,7 +114,8 @@ def test_two_lines_of_any_form(form):
     value = density.log_prob(x)
     assert torch.allclose(value - value[0], truth - truth[0], atol=1e-5)
     for dtype in (torch.float32, torch.float64):
-        assert density.log_prob(x.to(dtype)).dtype == dtype
+        given = density.log_prob(x.to(dtype)).dtype
+        assert given == (torch.float64 if form == "float64 data" else dtype), "never less than the function gives"
         assert torch.allclose(density.score(x.to(dtype)), (-x * torch.tensor(SCALES)).to(dtype), atol=1e-4)
     if form != "control flow":  # Python branches cannot be vectorised twice
         check_form(density, x)

@@ -7,6 +7,7 @@ import hashlib
 import importlib
 import importlib.util
 import json
+import math
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from fewstep.options import suggestion, typed_fields
 
 RUN = "run.json"  # what a folder was trained for
 FUNCTION = "log_prob"  # of a file, where none is named
+_CODE = ("score", "support")  # arguments whose text is Python
 
 
 @dataclass(frozen=True)
@@ -51,22 +53,15 @@ class Named:
         density: the density.
         name: what it is called in titles.
         record: its name or path, its fields, and the hash of its source, as JSON takes it.
+        code: the line of Python that makes it.
         folder: the folder that stood for it, or None.
     """
 
     density: TargetDensity
     name: str
     record: dict[str, Any]
+    code: str
     folder: Path | None = None
-
-    @property
-    def code(self) -> str:
-        """The line of Python that makes it."""
-        fields = "".join(f", {name}={value!r}" for name, value in self.record["fields"].items())
-        if "path" not in self.record:
-            return f'target = fewstep.target("{self.name}"{fields})'
-        function = self.record["path"].rpartition(":")[2]
-        return f"target = fewstep.densities.user.as_target({function}, dim={self.density.dim})  # {self.record['path']}"
 
 
 def find(word: str, given: Mapping[str, str], options: Collection[str] = ()) -> Named:
@@ -88,7 +83,8 @@ def find(word: str, given: Mapping[str, str], options: Collection[str] = ()) -> 
     kind = target_class(word)
     fields = _absolute(_fields(kind, given, word, options))
     name = kind.__module__.rpartition(".")[2]
-    return Named(target(name, **fields), name, {"name": name, "fields": {k: _plain(v) for k, v in fields.items()}})
+    record = {"name": name, "fields": {k: _plain(v) for k, v in fields.items()}}
+    return Named(target(name, **fields), name, record, _known(record))
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -115,7 +111,7 @@ def _of_folder(folder: Path, given: Mapping[str, str]) -> Named:
             f"{folder} is of {record['path']}: name that, with its options, and say where its sampler is, {folder}"
         )
     found = target(record["name"], **record["fields"])
-    return Named(found, record["name"], record, folder)
+    return Named(found, record["name"], record, _known(record), folder)
 
 
 def _of_path(word: str, given: Mapping[str, str], options: Collection[str]) -> Named:
@@ -124,23 +120,46 @@ def _of_path(word: str, given: Mapping[str, str], options: Collection[str]) -> N
     found = _attribute(module, attribute, place)
     record = {"path": f"{_where(module, place)}:{attribute}", "fields": dict(given), "sha256": _hash(module)}
     if isinstance(found, type) and issubclass(found, TargetDensity):
-        return Named(found(**_fields(found, given, word, options)), attribute, record)
+        values = _fields(found, given, word, options)
+        return Named(
+            found(**values), attribute, record, f"target = {attribute}({_arguments(values)})  # {record['path']}"
+        )
     own = Own(**_fields(Own, given, word, options))
     if isinstance(found, TargetDensity):
         if given and own != Own(dim=found.dim):
             raise ValueError(f"{word} is a density already: it takes no options")
-        return Named(found, attribute, record)
+        return Named(found, attribute, record, f"target = {attribute}  # {record['path']}")
     if not callable(found):
         raise ValueError(f"{word} is no function, but of type {type(found).__name__}")
     if own.dim is None:
         raise ValueError(f"{word} is a function, which does not say its number of coordinates: give --dim")
-    return Named(_density(found, own, module, place), attribute, record)
+    made = f"target = fewstep.densities.user.as_target({attribute}, {_arguments(_settings(own))})  # {record['path']}"
+    return Named(_density(found, own, module, place), attribute, record, made)
+
+
+def _known(record: Mapping[str, Any]) -> str:
+    return f"target = fewstep.target({', '.join(filter(None, [repr(record['name']), _arguments(record['fields'])]))})"
+
+
+def _arguments(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value if name in _CODE else repr(value)}" for name, value in values.items())
+
+
+def _settings(own: Own) -> dict[str, Any]:
+    """Return the arguments of `as_target` that were given; the score by its name."""
+    ends = None if (found := _support(own)) is None else str(found).replace("inf", "float('inf')")
+    values = {"dim": own.dim, "score": own.score, "support": ends, "log_z": own.log_z}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _support(own: Own) -> tuple[float, float] | None:
+    if own.low is None and own.high is None:
+        return None
+    return -math.inf if own.low is None else own.low, math.inf if own.high is None else own.high
 
 
 def _density(function: Any, own: Own, module: ModuleType, place: str) -> TargetDensity:
-    support = None
-    if own.low is not None or own.high is not None:
-        support = (-float("inf") if own.low is None else own.low, float("inf") if own.high is None else own.high)
+    support = _support(own)
     score = None if own.score is None else _attribute(module, own.score, place)
     try:
         return as_target(function, own.dim, score=score, support=support, log_z=own.log_z)

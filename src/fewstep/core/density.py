@@ -46,7 +46,7 @@ class TargetDensity(ABC):
 
     @abstractmethod
     def log_prob(self, x: Tensor) -> Tensor:
-        """Return log rho(x), (N, d) -> (N,); -inf outside the support."""
+        """Return log rho(x), (N, d) -> (N,), in the type of x or a wider one; -inf outside the support."""
 
     def score(self, x: Tensor) -> Tensor:
         """Return grad log rho(x), (N, d) -> (N, d); by autograd unless a subclass knows better.
@@ -68,10 +68,23 @@ class TargetDensity(ABC):
         return {}
 
 
+def by_score(target: TargetDensity, x: Tensor) -> Tensor:
+    """Return log rho(x), (N, d) -> (N,), whose gradient in x is the target's own score, and zero where that is not finite."""
+    with torch.no_grad():
+        value, score = target.log_prob(x), target.score(x).nan_to_num(0.0, 0.0, 0.0)
+    return value + ((x - x.detach()) * score).sum(1)
+
+
+def floating(x: Tensor) -> Tensor:
+    """Return x, integers as numbers of the default type."""
+    return x if x.is_floating_point() else x.to(torch.get_default_dtype())
+
+
 def gradient(log_prob: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Return the gradient of each item's log_prob, (N, d) -> (N, d); differentiable where `x` is, and inside `torch.func`."""
     if torch._C._functorch.is_functorch_wrapped_tensor(x):  # there, plain autograd is refused
         return torch.func.grad(lambda x: log_prob(x).sum())(x)
+    x = floating(x)
     further = torch.is_grad_enabled() and x.requires_grad
     with torch.enable_grad():
         x = x if further else x.detach().requires_grad_()

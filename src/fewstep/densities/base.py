@@ -107,7 +107,9 @@ class DensitySampler(ABC):
             NotImplementedError: the sampler cannot be run backwards.
         """
         noise = Streams(mix(seed, 5), range(len(x)), device=x.device)
-        log_w = self.backward_weights(self.whitened.to_y(x.float()), self.steps if steps is None else steps, noise)
+        log_w = self.backward_weights(
+            self.whitened.to_y(x.double()).float(), self.steps if steps is None else steps, noise
+        )
         return bound(log_w) if bool(log_w.isfinite().all()) else (math.inf, math.nan)
 
     @final
@@ -156,6 +158,7 @@ class DensitySampler(ABC):
             "layout": _LAYOUT,
             "sampler": name,
             "dim": self.target.dim,
+            "support": _ends(self.target),
             "config": self.config(),
         }
         write_weights(folder, {**self.tensors(), **whitening}, header)
@@ -184,7 +187,7 @@ def load_density_sampler(folder: str | Path, target: TargetDensity) -> DensitySa
 
     Raises:
         ValueError: the folder is damaged, holds something else or the weights of another version, or belongs to another number of
-            dimensions.
+            dimensions or another support.
     """
     kind = _class(str(read_header(folder).get("sampler", "")), folder)
     tensors, header = read_weights(folder, _METHOD)
@@ -194,8 +197,19 @@ def load_density_sampler(folder: str | Path, target: TargetDensity) -> DensitySa
         )
     if header["dim"] != target.dim:
         raise ValueError(f"{folder} belongs to a density of {header['dim']} dimensions, not of {target.dim}")
+    if header.get("support", _ends(target)) != _ends(target):
+        raise ValueError(f"{folder} belongs to a density that lives in {header['support']}, not in {_ends(target)}")
     whitening = {name: tensors.pop(key) for name in _WHITENING if (key := f"whitening.{name}") in tensors}
     return kind.restore(Whitened(target, **whitening), header["config"], tensors)
+
+
+def _ends(target: TargetDensity) -> list[list[float]] | None:
+    """Return the ends of the support of each coordinate as JSON takes them, infinite ones as 3e38 with its sign; None for all."""
+    if target.support is None:
+        return None
+    most = float(torch.finfo(torch.float32).max)
+    sides = (torch.as_tensor(side, dtype=torch.float64).expand(target.dim) for side in target.support)
+    return [side.clamp(-most, most).tolist() for side in sides]
 
 
 def _class(name: str, folder: str | Path) -> type[DensitySampler]:

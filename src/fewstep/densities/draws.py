@@ -153,10 +153,16 @@ class Draws:
         """Return n rows drawn with probability in proportion to their weights, by one uniform comb, in random order.
 
         For plots and distances. They hang together, so numbers with errors are better taken from `expectation`.
+
+        Raises:
+            ValueError: no draw has a positive weight.
         """
+        chances = self.chances()
+        if bool(chances.isneginf().all()):
+            raise ValueError("no draw has a positive weight, so that none can be picked")
         n, generator = n or len(self), torch.Generator().manual_seed(seed)
         offset = torch.rand(1, generator=generator, dtype=torch.float64)
-        rows = weights.comb(self.chances()[None].cpu(), offset, n)[0]
+        rows = weights.comb(chances[None].cpu(), offset, n)[0]
         rows = rows[torch.randperm(n, generator=generator)].to(self.x.device)
         return self.picked(rows, group=n)
 

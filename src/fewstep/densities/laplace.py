@@ -90,16 +90,20 @@ def laplace(target: TargetDensity, start: Tensor | None = None, iterations: int 
     for _ in range(iterations):
         if not bool(target.log_prob(x[None]).isfinite().all()):
             raise ValueError("the density is not finite where its mode is looked for: give another start")
-        slope, root = target.score(x[None])[0], _curvature(target, x)
+        slope, (root, saddle) = target.score(x[None])[0], _curvature(target, x)
         step = torch.cholesky_solve(slope[:, None], root)[:, 0]
-        if float(slope @ step) < 1e-9:
+        still = float(slope @ step) < 1e-9
+        if still and saddle is None:
             return Laplace(Whitened(target, x, _inverse_root(root)))
-        x = _risen(target, x, step)
+        x = _risen(target, x, step if saddle is None or not still else saddle)
     raise ValueError(f"no mode was found in {iterations} Newton steps: the density may have none")
 
 
-def _curvature(target: TargetDensity, x: Tensor) -> Tensor:
-    """Return the Cholesky factor of minus the Hessian at x, with as much of the identity added as makes it positive."""
+def _curvature(target: TargetDensity, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return the Cholesky factor of minus the Hessian at x, with as much of the identity added as makes it positive.
+
+    Where any was needed x is no mode, and a step away from it comes with it, along the curvature that is most upwards.
+    """
     hessian = -jacfwd(lambda x: target.score(x[None])[0])(x)
     if not bool(hessian.isfinite().all()):
         raise ValueError("the density has no finite second derivative where its mode is looked for: give another start")
@@ -107,8 +111,14 @@ def _curvature(target: TargetDensity, x: Tensor) -> Tensor:
     while True:
         root, failed = torch.linalg.cholesky_ex(hessian + added * torch.eye(len(x), dtype=x.dtype))
         if not failed:
-            return root
+            return root, _ridge(hessian) if added else None
         added = max(10 * added, 1e-3 * float(hessian.diagonal().abs().mean()) + 1e-12)
+
+
+def _ridge(hessian: Tensor) -> Tensor:
+    """Return the direction of the least eigenvalue of minus the Hessian, as long as the width that its size stands for."""
+    values, vectors = torch.linalg.eigh(hessian)
+    return vectors[:, 0] * float(values[0].abs().clamp_min(1e-12).rsqrt())
 
 
 def _risen(target: TargetDensity, x: Tensor, step: Tensor) -> Tensor:

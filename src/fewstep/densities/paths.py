@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fewstep.core.density import TargetDensity
+from fewstep.core.density import TargetDensity, by_score
 from fewstep.core.noise import Noise
 from fewstep.core.schedule import Schedule
 from fewstep.densities.networks import Control, Moments
@@ -130,8 +130,9 @@ class Paths:
     points: Tensor | None = None
 
     def log_weights(self, target: TargetDensity) -> Tensor:
-        """Return log w, (n,) float64; one target call per path."""
-        return target.log_prob(self.y).double() + self.backward - self.forward
+        """Return log w, (n,) float64; one target call per path, and one of its score where gradients are recorded."""
+        log_rho = by_score(target, self.y) if self.y.requires_grad else target.log_prob(self.y)
+        return log_rho.double() + self.backward - self.forward
 
 
 def simulate(control: Control, kernels: Kernels, noise: Noise, keep: bool = False) -> Paths:

@@ -18,7 +18,9 @@ from fewstep.core.density import TargetDensity
 from fewstep.core.noise import Streams
 from fewstep.densities.whitened import Whitened
 
-_RADII = torch.logspace(2, 6, 9, dtype=torch.float64)  # in units of the start, N(0, I)
+_RADII = torch.logspace(
+    2, 9, 9, dtype=torch.float64
+)  # in units of the start, N(0, I); wider laws are not told from flat ones
 _TUBE = 8  # rays per bundle
 
 

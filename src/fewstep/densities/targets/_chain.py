@@ -14,6 +14,8 @@ from fewstep.core.density import TargetDensity
 from fewstep.core.noise import Noise
 from fewstep.densities.targets._line import Line
 
+_CUT = 1e-9  # of the mass of a coordinate at an end of the grid
+
 
 class Messages(NamedTuple):
     """Logarithms on the grid: of the mass of all that follows, given x_i, and of all that precedes it, (d, G) each; log Z."""
@@ -79,6 +81,12 @@ class GaussianChain(TargetDensity):
             after[i] = constant if last else _log_matvec(kernel, self.unary(i + 1, x) + after[i + 1])
         for i in range(1, self.dim):
             before[i] = _log_matvec(kernel.T, self.unary(i - 1, x) + before[i - 1])
+        held = torch.stack([self.unary(i, x) for i in range(self.dim - self.free_end)])
+        law = (held + after[: len(held)] + before[: len(held)]).softmax(1)
+        if float(law[:, [0, -1]].max()) > _CUT:
+            raise ValueError(
+                f"{self} reaches beyond the grid that its log Z is taken on, {self.low:.3g} to {self.high:.3g}"
+            )
         return Messages(after, before, float(torch.logsumexp(self.unary(0, x) + after[0], 0) + np.log(step)))
 
     def sample(self, noise: Noise) -> Tensor:

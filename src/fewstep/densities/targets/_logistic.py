@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.core.density import TargetDensity
+from fewstep.core.density import TargetDensity, floating
 
 
 class LogisticPosterior(TargetDensity):
@@ -53,6 +53,7 @@ class LogisticPosterior(TargetDensity):
 
     def log_prob(self, x: Tensor) -> Tensor:
         """See `TargetDensity`."""
+        x = floating(x)
         features, label = (part.to(x) for part in self.design)
         fit = torch.nn.functional.logsigmoid(x @ features.T * label).sum(1)
         constant = self.dim * (0.5 * math.log(2 * math.pi) + math.log(self.scale))
@@ -60,6 +61,7 @@ class LogisticPosterior(TargetDensity):
 
     def score(self, x: Tensor) -> Tensor:
         """See `TargetDensity`."""
+        x = floating(x)
         features, label = (part.to(x) for part in self.design)
         return (torch.sigmoid(-(x @ features.T) * label) * label) @ features - x / self.scale**2
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fewstep.core.density import TargetDensity
+from fewstep.core.density import TargetDensity, floating
 from fewstep.core.noise import Noise
 
 
@@ -64,11 +64,11 @@ class GaussianMixture(TargetDensity):
         weights, means, roots = self.components
         own = roots.square() if roots.ndim == 2 else roots.square().sum(-1)
         mean = weights @ means
-        return {"mean": mean, "variance": weights @ (own + (means - mean).square()), "mode_weights": weights}
+        return {"mean": mean, "variance": weights @ (own + (means - mean).square()), "mode_weights": weights.clone()}
 
     def _joint(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return log w_m N(x; m_m, C_m), (N, M), the whitened distances z, (N, M, d), and the inverse roots."""
-        weights, means, inverse = self._ready
+        x, (weights, means, inverse) = floating(x), self._ready
         centred = x[:, None] - means.to(x)
         inverse = inverse.to(x)
         z = centred * inverse if inverse.ndim == 2 else torch.einsum("mij,nmj->nmi", inverse, centred)

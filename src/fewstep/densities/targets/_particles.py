@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from fewstep.core.density import TargetDensity
+from fewstep.core.density import TargetDensity, floating
 
 
 class Particles(TargetDensity):
@@ -44,6 +44,7 @@ class Particles(TargetDensity):
 
     def positions(self, x: Tensor) -> Tensor:
         """Return the centred positions, (N, d) -> (N, n, k)."""
+        x = floating(x)
         return torch.einsum("pn,bpk->bnk", self._basis.to(x), x.reshape(len(x), -1, self.space))
 
     def coordinates(self, positions: Tensor) -> Tensor:

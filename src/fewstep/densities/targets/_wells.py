@@ -24,6 +24,10 @@ class DoubleWells(TargetDensity):
     wells: int
     delta: float
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.wells <= self.dim:
+            raise ValueError(f"of {self.dim} coordinates {self.wells} cannot have two wells")
+
     @cached_property
     def line(self) -> Line:
         """The law of a coordinate with two wells."""

@@ -26,7 +26,10 @@ class ConcentricRings(Radial):
 
     dim: int = 2
 
-    reach = 70.0
+    @property
+    def reach(self) -> float:  # type: ignore[override]
+        """See `Radial`: beyond the rings the radius has a Gamma law of shape d."""
+        return _EDGE + self.dim + 55 + 10 * math.sqrt(self.dim)
 
     def profile(self, r: Tensor) -> Tensor:
         """See `Radial`."""

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.core.density import Bounds, TargetDensity
+from fewstep.core.density import Bounds, TargetDensity, floating
 
 _VARIANCE, _LENGTH = 1.91, 1 / 33  # Moller, Syversveen and Waagepetersen 1998, Scand. J. Statist. 25
 
@@ -80,7 +80,7 @@ class Cox(TargetDensity):
 
     def log_prob(self, x: Tensor) -> Tensor:
         """See `TargetDensity`."""
-        factor, precision = self.prior
+        x, (factor, precision) = floating(x), self.prior
         centred = x - self.mean
         fit = x @ self.counts.to(x) - x.exp().sum(1) / self.dim
         constant = float(factor.diagonal().log().sum()) + self.dim / 2 * math.log(2 * math.pi)
@@ -88,4 +88,5 @@ class Cox(TargetDensity):
 
     def score(self, x: Tensor) -> Tensor:
         """See `TargetDensity`."""
+        x = floating(x)
         return self.counts.to(x) - x.exp() / self.dim - (x - self.mean) @ self.prior[1].to(x)

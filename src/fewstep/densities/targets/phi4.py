@@ -30,7 +30,17 @@ class Phi4(GaussianChain):
     beta: float = 20.0
     b: float = 0.0
 
-    low, high, nodes, free_end = -3.5, 3.5, 1401, False
+    nodes, free_end = 1401, False
+
+    @property
+    def high(self) -> float:  # type: ignore[override]
+        """See `GaussianChain`: the potential alone has fallen by 36 there."""
+        return max(3.5, math.sqrt(1 + 12 * math.sqrt(self.a * self.dim / self.beta)) + abs(self.b))
+
+    @property
+    def low(self) -> float:  # type: ignore[override]
+        """See `GaussianChain`."""
+        return -self.high
 
     @property
     def width(self) -> float:

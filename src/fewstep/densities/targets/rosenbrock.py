@@ -29,6 +29,10 @@ class Rosenbrock(GaussianChain):
 
     nodes, free_end = 3801, True
 
+    def __post_init__(self) -> None:
+        if self.dim < 2:
+            raise ValueError(f"needs two coordinates at least, got dim = {self.dim}: one alone has no normaliser")
+
     @property
     def low(self) -> float:  # type: ignore[override]
         """See `GaussianChain`: (1 - x_i)^2 / flatness is 36 there, and at `high`."""

@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from fewstep.core.density import TargetDensity
+from fewstep.core.density import TargetDensity, floating
 from fewstep.core.noise import Noise
 from fewstep.densities.targets._threefry import uniform
 
@@ -39,6 +39,7 @@ class StudentMixture(TargetDensity):
 
     def score(self, x: Tensor) -> Tensor:
         """See `TargetDensity`."""
+        x = floating(x)
         centred = x[:, None] - self.means.to(x)
         return -(self._joint(x).softmax(1)[..., None] * 3 * centred / (2 + centred.square())).sum(1)
 
@@ -58,4 +59,5 @@ class StudentMixture(TargetDensity):
 
     def _joint(self, x: Tensor) -> Tensor:
         """Return log p(x | component) up to its constant, (N, 10): a t density is (1 + x^2 / 2)^(-3/2) / (2 sqrt 2)."""
+        x = floating(x)
         return -1.5 * torch.log1p((x[:, None] - self.means.to(x)).square() / 2).sum(-1)
