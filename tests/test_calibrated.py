@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 
 import fewstep.restore as restoring
 from fewstep.bench import calibration as bench
@@ -18,6 +19,7 @@ from fewstep.bench.common import Variant
 from fewstep.bench.log import Log
 from fewstep.bench.tasks import Task
 from fewstep.calibrated import FILE, Asked, Calibrations, Plan, calibrate, judge, simulated
+from fewstep.commands import calibrating
 from fewstep.commands.calibrating import families_of
 from fewstep.core.sampler import State
 from fewstep.measurements import Family
@@ -196,6 +198,38 @@ def test_nothing_is_said_of_what_is_no_trained_network_on_disk(sampler):
     assert "no calibration.json" in judge(sampler, asked).text
     with pytest.raises(ValueError, match="save the network"):
         calibrate(Unfolded(network), PixelPrior(), photos(24, 1), FAMILIES, PLAN)
+
+
+def test_a_grid_of_times_is_the_same_from_disk(found, sampler):
+    given = replace(sampler, grid=(1.0, 0.4, 0.0))
+    replace(found, outer={**found.outer, "grid": [1.0, 0.4, 0.0]}).save(sampler.folder)  # JSON knows lists alone
+    asked = Asked(get_operator("denoise")(), 0.1, SAMPLES, 0.9)
+    assert judge(given, asked).calibration is not None and judge(sampler, asked).calibration is None
+
+
+def test_samplers_are_calibrated_under_their_own_prior(tmp_path, sampler, monkeypatch):
+    def none(folder):
+        raise ValueError("there are no images")
+
+    network, seen = open_network(str(sampler.folder)), []
+    monkeypatch.setattr(calibrating, "open_prior", lambda name: seen.append(name) or PixelPrior())
+    monkeypatch.setattr(calibrating, "list_images", none)
+    for prior in ("digits", None):
+        save_network(network, tmp_path / "own", {} if prior is None else {"prior": prior})
+        message = "does not say which prior" if prior is None else "images"
+        with pytest.raises(ValueError, match=message):
+            calibrating.run(
+                str(tmp_path / "own"),
+                tmp_path,
+                PLAN,
+                Console(),
+                fields={},
+                recipe="natural-general",
+                limit=None,
+                device="cpu",
+                out=None,
+            )
+    assert seen == ["digits"]
 
 
 def test_a_family_holds_what_it_draws():

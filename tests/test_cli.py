@@ -267,6 +267,9 @@ def test_a_launcher_shares_the_folder_out(tmp_path):
     folder.mkdir()
     for name in ("a.png", "b.png", "c.png"):
         write_png(folder, name)
+    (folder / "a-broken.png").write_bytes(
+        b"none"
+    )  # its process has nothing to do after it, and must wait for the other
     script = tmp_path / "run.py"
     script.write_text(
         f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r})\n"
@@ -274,26 +277,17 @@ def test_a_launcher_shares_the_folder_out(tmp_path):
         "fewstep.restore.open_prior = lambda name: PixelPrior()\n"
         "from fewstep.cli import main; main()\n"
     )
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     words = ["restore", str(folder), *FEW, "--quiet", "--out", str(tmp_path / "out")]
     done = subprocess.run(
-        [*launch, "--mixed_precision", "no", "--dynamo_backend", "no", str(script), *words],
+        [*launch, "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", str(script), *words],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         check=False,
     )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("2 samples") == 3
+    assert done.returncode == 1 and done.stderr.count("is not an image that can be read") == 1, done.stderr
+    assert done.stdout.count("2 samples") == 3, "each once"
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"a", "b", "c"}
 
 

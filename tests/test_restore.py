@@ -6,6 +6,8 @@ import errno
 import json
 import os
 import shlex
+import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from fewstep.images import load_image
 from fewstep.operators import words
 from fewstep.operators.grey import luma
 from fewstep.restore import Settings, restore, restore_folder
+from fewstep.store import SampleStore
 from fewstep.task import build_sampler, command_line, settled
 from pictures import PixelPrior, pixels, write_png
 
@@ -110,6 +113,23 @@ def test_chunks_and_runs_do_not_change_samples(tmp_path, monkeypatch):
     run(path, tmp_path / "b")
     a, b = (load_file(tmp_path / n / "out" / "samples.safetensors")["x"] for n in "ab")
     assert torch.allclose(a, b, atol=1e-6) and first.record["num_samples"] == 3
+
+
+def test_interruption_of_the_summary_keeps_the_samples(tmp_path, monkeypatch):
+    summary = SampleStore.summary
+
+    def late(self, *words):
+        os.kill(os.getpid(), signal.SIGINT)
+        return summary(self, *words)
+
+    monkeypatch.setattr(SampleStore, "summary", late)
+    result = run(write_png(tmp_path), tmp_path)
+    assert result.interrupted and result.record["num_samples"] == 3 and names(tmp_path) >= FILES
+
+
+def test_files_that_share_a_stem_have_folders_of_their_own():
+    photos = [Path(name) for name in ("a-png.bmp", "a.jpg", "a.png", "b.png")]
+    assert list(module._names(photos).values()) == ["a-png", "a-jpg", "a-png-2", "b"]
 
 
 def test_a_jpeg_is_recognised_by_itself(tmp_path):

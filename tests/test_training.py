@@ -403,6 +403,47 @@ def test_wrong_options_are_refused():
             TrainingOptions(**wrong)
 
 
+def test_a_resumed_run_has_its_own_options(tmp_path):
+    trainer(tmp_path, steps=4).run()
+    again = trainer(tmp_path, steps=8, weight_decay=0.5, betas=(0.5, 0.6))
+    again._start(resume=True)
+    group = again.optimizers["model"].param_groups[0]
+    assert (again.step, group["weight_decay"], group["betas"]) == (4, 0.5, (0.5, 0.6))
+
+
+def test_a_run_without_a_checkpoint_begins_its_log_anew(tmp_path):
+    killed = trainer(tmp_path)
+    for _ in range(3):
+        killed._log(killed._train_step())
+    trainer(tmp_path, steps=4).run()
+    assert [step for step, _ in log(tmp_path)] == [1, 2, 3, 4]
+
+
+APART = """
+    import os, sys; from pathlib import Path
+    sys.path.insert(0, {tests!r})
+    from test_training import trainer
+    rank = int(os.environ["RANK"])
+    run = trainer(Path({out!r}) / str(rank), precision="no", steps=8, checkpoint_every=8)
+    try:
+        run.run()
+    except ValueError as error:
+        print(rank, error, flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_processes_that_do_not_share_their_folder_are_told_so(tmp_path):
+    """Two machines with a folder each: only the main process ever wrote a checkpoint."""
+    trainer(tmp_path / "0", steps=4, precision="no").run()
+    script = tmp_path / "apart.py"
+    script.write_text(textwrap.dedent(APART.format(tests=os.path.dirname(__file__), out=str(tmp_path))))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.stdout.count("is not one folder for all processes") == 2, done.stderr[-2000:]
+
+
 WORKER = """
     import sys; from pathlib import Path; import torch
     torch.set_num_threads(1)

@@ -24,16 +24,19 @@ from fewstep.core.likelihood import JointLikelihood
 from fewstep.core.noise import Noise
 from fewstep.core.problem import Posterior
 from fewstep.data import CropShape, RandomCrops
-from fewstep.measurements import Family, SimulatedMeasurements
+from fewstep.measurements import Family, SimulatedMeasurements, pick
+from fewstep.objectives.embeddings import MeasuredPatches, Patches
+from fewstep.objectives.ud2m import UD2M, Turn, Weights
 from fewstep.operators.jpeg import JpegLikelihood, project
 from fewstep.operators.words import get_operator
 from fewstep.priors.loaders import load_prior
 from fewstep.priors.unet import UNetConfig, UNetDenoiser
 from fewstep.recipes import ud2m
-from fewstep.unfolded.decoders import ContextDecoder
+from fewstep.unfolded.decoders import AdaptedDecoder, ContextDecoder
 from fewstep.unfolded.levels import LevelConfig
 from fewstep.unfolded.network import UnfoldedConfig, UnfoldedNetwork
-from fewstep.unfolded.store import open_network
+from fewstep.unfolded.store import open_network, save_network
+from pictures import PixelPrior
 
 prepare_torchvision()
 pytest.importorskip("accelerate")
@@ -323,6 +326,40 @@ def test_fields_and_noise_are_drawn_as_the_recipe_says():
     assert abs(logs.mean() - (low + high) / 2) < 4 * error and low < logs.min() and logs.max() < high
 
 
+def test_whole_numbers_stay_whole_on_a_logarithmic_range():
+    rng = np.random.default_rng(0)
+    drawn = [pick({"low": 2, "high": 8, "log": True}, rng) for _ in range(4000)]
+    assert set(drawn) == set(range(2, 9)) and all(isinstance(value, int) for value in drawn)
+    shares = np.bincount(drawn)[2:] / 4000
+    expected = np.diff(np.log(np.arange(2, 10))) / np.log(9 / 2)
+    assert np.abs(shares - expected).max() < 4 * 0.5 / 4000**0.5
+
+
+def test_families_of_weight_zero_can_be_asked_for_alone():
+    images = [torch.zeros(3, 16, 16, dtype=torch.uint8)]
+    data = SimulatedMeasurements(RandomCrops(images, (CropShape(1, 16),)), (Family("denoise", weight=0.0),))
+    assert data.batch(0, [0])["likelihood"].batch == 1
+
+
+@pytest.mark.parametrize(("word", "fields"), [("sr", {"factor": 4}), ("jpeg", {"quality": 10, "step_std": 0.0})])
+def test_half_precision_of_a_training_stays_out_of_linear_solves(word, fields):
+    x = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    operator, sigma = get_operator(word)(**fields), 0.0 if word == "jpeg" else 0.02
+    likelihood = operator.likelihood(operator.simulate(x, sigma, 0), (3, 32, 32), sigma or None)
+    found = []
+    for half in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            turn = Turn(None, likelihood, x, 2 * x - 1, torch.ones(1), Noise([0]))
+            found.append([turn.condition(1)[0], *MeasuredPatches()(2 * x - 1, likelihood)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("times", [(), (0.0,), (999.0, 444.0)])
+def test_times_of_the_objective_are_times(times):
+    with pytest.raises(ValueError, match="times must lie in"):
+        UD2M(PixelPrior(), Weights(energy=1.0), (Patches(),), times=times)
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [
@@ -455,6 +492,25 @@ def test_training_goes_on_from_the_shipped_sampler_by_its_name():
     assert started.keys() == shipped.keys() and all(torch.equal(started[name], shipped[name]) for name in started)
     with pytest.raises(ValueError, match="no trained sampler 'runs/0/sampler'"):
         replace(recipe, init="runs/0/sampler").unfolded(load_prior("natural"), 0)
+
+
+def test_levels_of_another_base_are_not_taken_over():
+    recipe = replace(recipes.read_recipe("natural-general"), init="natural-general")
+    levels = {**recipe.network["levels"], "tau_max": 0.5}
+    with pytest.raises(ValueError, match="the trained sampler has the levels"):
+        replace(recipe, network={**recipe.network, "levels": levels}).unfolded(load_prior("natural"), 0)
+
+
+def test_a_network_that_was_trained_again_is_opened_again(tmp_path):
+    prior = UNetDenoiser(TINY)
+    for value in (1.0, 2.0):
+        network = UnfoldedNetwork(UnfoldedConfig(LevelConfig(1)), AdaptedDecoder(prior))
+        nn.init.constant_(next(network.decoder.parameters()), value)
+        save_network(network, tmp_path / "own", {"prior": "natural"})
+        opened = open_network(str(tmp_path / "own"))
+        assert (
+            bool((next(opened.decoder.parameters()) == value).all()) and open_network(str(tmp_path / "own")) is opened
+        )
 
 
 def test_training_of_another_number_of_iterations_goes_on_from_the_decoder():

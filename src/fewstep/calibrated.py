@@ -156,7 +156,7 @@ class Calibrations:
     def verdict(self, sampler: UnfoldedSampler, asked: Asked) -> Verdict:
         """Return what these calibrations say of the intervals that are asked for."""
         outside, found = self.outside(asked.operator, asked.sigma), self.find(asked)
-        differ = [f"{k} {v}" for k, v in self.outer.items() if getattr(sampler, k) != v]
+        differ = [f"{k} {v}" for k, v in self.outer.items() if _listed(getattr(sampler, k)) != _listed(v)]
         if found is None or differ:
             why = f"calibrated with {', '.join(differ)}" if differ else self._offer(asked.operator.word)
             return Verdict(None, outside, f"not calibrated: {why}" + _flag(outside))
@@ -169,6 +169,10 @@ class Calibrations:
 
     def _of(self, word: str) -> list[Family]:
         return [family for family in self.families if family.word == word]
+
+
+def _listed(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value  # JSON knows lists alone
 
 
 def judge(sampler: Sampler, asked: Asked) -> Verdict | None:

@@ -51,6 +51,12 @@ def last_checkpoint(out: Path) -> Path | None:
     return folders[-1] if folders else None
 
 
+def last_step(out: Path) -> int:
+    """Return how many steps the newest complete checkpoint of `out` has done; 0 where there is none."""
+    folder = last_checkpoint(out)
+    return 0 if folder is None else int(folder.name.removeprefix("step_"))
+
+
 def read_checkpoint(
     folder: Path, model: nn.Module, ema: nn.Module, describe: Mapping[str, Any]
 ) -> tuple[int, dict[str, Any]]:

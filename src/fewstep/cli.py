@@ -323,7 +323,7 @@ def main() -> NoReturn:
     try:
         _check_words(sys.argv[1:])
         app()
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, NotImplementedError) as error:
         if os.environ.get("FEWSTEP_DEBUG") == "1":
             raise
         errors.print(f"[bold red]error:[/] {escape(' '.join(str(error).split()))}", highlight=False)

@@ -93,11 +93,11 @@ def pick(entry: Any, rng: np.random.Generator) -> Any:
     if not isinstance(entry, Mapping):
         return entry
     low, high = entry["low"], entry["high"]
+    whole = isinstance(low, int) and isinstance(high, int)
     if entry.get("log", False):
-        return math.exp(rng.uniform(math.log(low), math.log(high)))
-    return (
-        int(rng.integers(low, high + 1)) if isinstance(low, int) and isinstance(high, int) else rng.uniform(low, high)
-    )
+        value = math.exp(rng.uniform(math.log(low), math.log(high + whole)))
+        return min(int(value), high) if whole else value
+    return int(rng.integers(low, high + 1)) if whole else rng.uniform(low, high)
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,8 @@ class SimulatedMeasurements:
         """Return the likelihood of what was measured of x, (1, 3, H, W) in [-1, 1], as item `item` of step `step`."""
         rng = np.random.default_rng((self.crops.seed, step, item, 1))
         weights = np.array([family.weight for family in self.families])
-        family = self.families[int(rng.choice(len(weights), p=weights / weights.sum()))]
+        shares = weights / weights.sum() if weights.any() else None  # those of weight 0, alone, are equal
+        family = self.families[int(rng.choice(len(weights), p=shares))]
         operator, sigma = family.draw(rng)
         y = operator.simulate(to_unit(x), sigma, int(rng.integers(2**31)))
         where = {} if isinstance(y, torch.Tensor) else {"device": x.device}  # a file lies nowhere, a tensor beside x

@@ -18,6 +18,7 @@ from fewstep.core.files import write_bytes
 from fewstep.core.likelihood import Likelihood
 from fewstep.core.problem import Posterior
 from fewstep.core.sampler import Sampler, settings
+from fewstep.core.signals import stop_signals
 from fewstep.images import list_photos, read_photo, save_image
 from fewstep.operators.grey import in_colour, luma
 from fewstep.operators.image import to_unit
@@ -150,7 +151,7 @@ def restore_folder(
     for photo in photos[share[0] :: share[1]]:
         try:
             results.append(restore(photo, Path(out) / names[photo], chosen, progress=progress, prior=prior))
-        except (ValueError, FloatingPointError, OSError) as error:
+        except (ValueError, FloatingPointError, OSError, NotImplementedError) as error:
             failures[photo.name] = str(error)
             continue
         if results[-1].interrupted:
@@ -204,9 +205,11 @@ class _Run:
                 self._draw(store)
             except KeyboardInterrupt:
                 interrupted = True
-            verdict = self._verdict(store.count)
-            calibration = verdict.calibration if verdict else None
-            summary = store.summary(self.output, self.chosen.level, calibration) if store.count else None
+            with stop_signals() as stopped:  # what is drawn is summarised in any case
+                verdict = self._verdict(store.count)
+                calibration = verdict.calibration if verdict else None
+                summary = store.summary(self.output, self.chosen.level, calibration) if store.count else None
+            interrupted = interrupted or stopped()
         record = self._record(store, summary, interrupted, verdict)
         if summary is None:
             if (self.folder / RESULT).is_file():
@@ -364,4 +367,10 @@ def _in_channels(likelihood: Likelihood, prior: Denoiser) -> Likelihood:
 def _names(photos: list[Path]) -> dict[Path, str]:
     """Return a folder name for each file: its stem, or its whole name where two files share a stem."""
     stems = [photo.stem for photo in photos]
-    return {photo: photo.stem if stems.count(photo.stem) == 1 else photo.name.replace(".", "-") for photo in photos}
+    names: dict[Path, str] = {}
+    for photo in photos:
+        name = photo.stem if stems.count(photo.stem) == 1 else photo.name.replace(".", "-")
+        while name in names.values():
+            name += "-2"
+        names[photo] = name
+    return names

@@ -10,25 +10,22 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from fewstep.checkpoints import last_checkpoint, read_checkpoint, write_checkpoint
+from fewstep.checkpoints import last_checkpoint, last_step, read_checkpoint, write_checkpoint
 from fewstep.core.files import write_bytes
 from fewstep.core.noise import Noise, mix
 from fewstep.core.objective import Objective
 from fewstep.core.signals import stop_signals
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
+from fewstep.processes import check_shared, process
 
 
 class Batches(Protocol):
@@ -105,18 +102,6 @@ class TrainingOptions:
         return self.lr * (self.lr_final + (1 - self.lr_final) * (1 + math.cos(math.pi * done)) / 2)
 
 
-def process(cpu: bool = False) -> Accelerator:
-    """Return what accelerate knows of this process and of those beside it; `cpu` stays on the CPU in any case.
-
-    Processes that were started together without a GPU share the work on the CPU, whether or not `accelerate launch` says so.
-    """
-    from accelerate import Accelerator
-
-    alone = "LOCAL_RANK" not in os.environ
-    # autocast is ours: accelerate keeps one precision per process for ever, and it belongs to the options of a run
-    return Accelerator(mixed_precision="no", cpu=cpu or not (alone or torch.cuda.is_available()))
-
-
 @dataclass
 class Trainer:
     """Trains `model` on `objective` and keeps everything in the folder `out`.
@@ -173,7 +158,7 @@ class Trainer:
         is returned; `finished` is then False.
 
         Raises:
-            ValueError: the last checkpoint does not fit this run, or there is one and `resume` is False.
+            ValueError: the last checkpoint does not fit this run, there is one and `resume` is False, or not all processes see it.
             FloatingPointError: a gradient is not finite.
         """
         self._start(resume)
@@ -192,6 +177,7 @@ class Trainer:
                 if self._due(self.options.checkpoint_every):
                     self.save()
         self.save()
+        self.accelerator.wait_for_everyone()  # a launcher stops the main process as soon as another leaves with an error
         self._close()
         return self.ema
 
@@ -299,17 +285,23 @@ class Trainer:
     def _start(self, resume: bool) -> None:
         """Continue from the last checkpoint, if there is one; forget what was logged after it."""
         folder = last_checkpoint(self.out)
-        if folder is None:
-            return
-        if not resume:
-            raise ValueError(f"{folder} is there already: resume from it, or choose another output folder")
-        self.step, states = read_checkpoint(folder, self.model, self.ema, self.describe)
-        for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(states[name])
+        check_shared(self.accelerator, self.out, last_step(self.out))
+        if folder is not None:
+            if not resume:
+                raise ValueError(f"{folder} is there already: resume from it, or choose another output folder")
+            self._load(folder)
         log = self.out / "log.jsonl"
         if self.accelerator.is_main_process and log.is_file():
             whole = [s for s in log.read_text(encoding="utf-8").splitlines(keepends=True) if s.endswith("\n")]
             write_bytes(log, "".join(s for s in whole if json.loads(s)["step"] <= self.step).encode())
+
+    def _load(self, folder: Path) -> None:
+        """Take over a checkpoint; options are those of this run."""
+        self.step, states = read_checkpoint(folder, self.model, self.ema, self.describe)
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(states[name])
+            for group in optimizer.param_groups:
+                group.update(betas=self.options.betas, weight_decay=self.options.weight_decay)
 
     def _validate(self) -> None:
         if self.validate is not None and self.accelerator.is_main_process:

@@ -18,6 +18,7 @@ from fewstep.recipes import build, read_recipe
 from fewstep.restore import open_prior, pick_device
 from fewstep.task import Settings, build_sampler
 from fewstep.unfolded.sampler import UnfoldedSampler
+from fewstep.unfolded.store import find_network
 
 METHOD = "ud2m"
 
@@ -39,13 +40,18 @@ def run(  # noqa: PLR0913 - one parameter is one option
     Raises:
         ValueError: the network, the recipe or the photographs cannot be used.
     """
-    sampler = build_sampler(Settings(method=METHOD, method_fields={**fields, "network": network}))
+    trained_with = read_header(find_network(network)).get("prior")
+    if trained_with is None:
+        raise ValueError(f"{network} does not say which prior it was trained with: nothing to calibrate it under")
+    sampler = build_sampler(
+        Settings(method=METHOD, method_fields={**fields, "network": network}, prior=str(trained_with))
+    )
     assert isinstance(sampler, UnfoldedSampler) and sampler.folder is not None
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}")
     place = pick_device(device)
     sampler.unfolded().to(place)
-    prior = open_prior(str(read_header(sampler.folder)["prior"])).to(place)
+    prior = open_prior(str(trained_with)).to(place)
     images = [load_image(path) for path in list_images(photos)[-(limit or 0) :]]
     with Progress(console=console, transient=True) as bar:
         rows: dict[str, TaskID] = {}

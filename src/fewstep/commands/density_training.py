@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from rich.console import Console
 from rich.markup import escape
 
-from fewstep.checkpoints import last_checkpoint
+from fewstep.checkpoints import last_checkpoint, last_step
 from fewstep.commands.density_card import density_card
 from fewstep.commands.density_runs import command_line, described, load, notes, show
 from fewstep.commands.density_target import RUN, Named, read_run
@@ -85,9 +85,9 @@ class Job:
         `further` has the folders of the trainings that may follow the first, in their order, and the steps of each.
         """
         sampler.save(self.out)
-        done, seconds = _steps(self.out), time.perf_counter() - begin
+        done, seconds = last_step(self.out), time.perf_counter() - begin
         last = [name for name in further if (self.out / name).is_dir()][-1:]
-        stopped = done < self.options.train_steps or any(_steps(self.out / name) < further[name] for name in last)
+        stopped = done < self.options.train_steps or any(last_step(self.out / name) < further[name] for name in last)
         quality = {} if stopped else summary(sampler.sample(CHECK, seed=self.options.seed))
         record = self._record(facts, steps_done=done, interrupted=stopped, seconds=seconds, quality=quality)
         write_bytes(self.out / "README.md", density_card(self.named, record, read_header(self.out)).encode())
@@ -109,12 +109,6 @@ class Job:
         record |= {"command": command_line(), "versions": versions()}
         write_json(self.out / RUN, record)
         return record
-
-
-def _steps(folder: Path) -> int:
-    """Return how many steps the last checkpoint of a training has done."""
-    last = last_checkpoint(folder)
-    return 0 if last is None else int(last.name.removeprefix("step_"))
 
 
 def fit(job: Job, teacher: Teacher, loss: str | None, console: Console, errors: Console) -> int:

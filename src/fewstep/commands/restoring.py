@@ -86,8 +86,11 @@ def _share() -> Iterator[tuple[int, int]]:
         from accelerate import PartialState
     except ImportError:
         raise ValueError("started by a launcher, but accelerate is not installed; pip install fewstep[train]") from None
-    state = PartialState()
+    from torch import cuda
+
+    state = PartialState(cpu=not cuda.is_available())  # without it, processes on a CPU do not know of each other
     try:
         yield state.process_index, state.num_processes
+        state.wait_for_everyone()  # a launcher stops the others as soon as one of them leaves with an error
     finally:
         state.destroy_process_group()

@@ -17,6 +17,11 @@ from fewstep.objectives.perceptual import drawn_features
 Embedding = Callable[[Tensor, Likelihood], list[Tensor]]
 
 
+def exactly(x: Tensor) -> torch.autocast:
+    """Return the context of what must not be done in half precision where `x` lies: operators and linear solves."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
 def measured(x: Tensor, likelihood: Likelihood) -> list[Tensor]:
     """Return (A x / sigma, x) as one vector: the metric A'A / sigma^2 + I of the likelihood.
 
@@ -29,7 +34,8 @@ def measured(x: Tensor, likelihood: Likelihood) -> list[Tensor]:
     if not isinstance(likelihood, GaussianLikelihood):
         raise TypeError(f"the metric of a {type(likelihood).__name__} is not known: it is not linear-Gaussian")
     repeated = likelihood.expand(len(x) // likelihood.batch)
-    observed = repeated.A(x)
+    with exactly(x):
+        observed = repeated.A(x)
     return [torch.cat([(observed / like(repeated.sigma, observed)).flatten(1), x.flatten(1)], 1)[..., None]]
 
 
@@ -99,7 +105,8 @@ class MeasuredPatches:
         if not isinstance(likelihood, GaussianLikelihood) or likelihood.spectrum is None:
             return x
         sigma = like(likelihood.sigma, x)
-        return likelihood.spectral(lambda s: (s / sigma).clamp_max(self.limit), x)
+        with exactly(x):
+            return likelihood.spectral(lambda s: (s / sigma).clamp_max(self.limit), x)
 
 
 @dataclass(frozen=True)

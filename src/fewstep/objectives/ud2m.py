@@ -29,7 +29,7 @@ from fewstep.core.noise import Noise
 from fewstep.core.objective import Objective
 from fewstep.core.problem import Posterior
 from fewstep.objectives.adversarial import fake_loss, generator_loss, real_loss
-from fewstep.objectives.embeddings import Embedding
+from fewstep.objectives.embeddings import Embedding, exactly
 from fewstep.objectives.energy import energy_score
 from fewstep.objectives.matching import DistributionMatching
 from fewstep.objectives.perceptual import drawn_features, lpips_distance, lpips_features
@@ -108,6 +108,8 @@ class UD2M(Objective):
             raise ValueError("an energy score needs at least two draws and an embedding")
         if self.weights.perceptual and self.lpips is None:
             raise ValueError("the perceptual term needs the LPIPS network")
+        if not self.times or not all(0 < t <= 1 for t in self.times):
+            raise ValueError(f"times must lie in (0, 1], and at least one of them, got {self.times}")
         if not 0 <= self.share <= 1 or not 0 < self.t_min < 1 or self.fake_turns < 1:
             raise ValueError("share lies in [0, 1], t_min in (0, 1), and fake_turns is at least 1")
 
@@ -178,7 +180,7 @@ class Turn(NamedTuple):
 
     def condition(self, count: int) -> tuple[Tensor, Tensor]:
         """Return what the critic knows of y and t, `count` times: E[x_0 | y] under a standard normal prior, and the ratio of x_t."""
-        with torch.no_grad():
+        with torch.no_grad(), exactly(self.x0):
             back = self.likelihood.prox(torch.zeros_like(self.x0), torch.ones_like(self.ratio))
         return repeat(back, count), self.ratio.repeat(count)
 
@@ -193,7 +195,8 @@ def remembered(network: nn.Module, problem: Posterior, x_t: Tensor, t: Tensor, n
     if not getattr(network, "remembers", False):
         return None
     alpha, sigma = problem.schedule(t)
-    first = gaussian(Given(problem.likelihood, x_t, alpha, sigma, None))
+    with exactly(x_t):
+        first = gaussian(Given(problem.likelihood, x_t, alpha, sigma, None))
     return torch.where(like(t, x_t) < 1, network(problem, x_t, t, noise), first)
 
 

@@ -136,6 +136,7 @@ def prior_trainer(recipe: PriorRecipe, data: str | Path, out: str | Path, steps:
             "network": asdict(config),
             "objective": asdict(objective),
             "crops": recipe.crops,
+            "holdout": recipe.holdout,
             "seed": options.seed,
         },
     )

@@ -18,7 +18,7 @@ from fewstep.unfolded.sampler import Unfolded
 
 @dataclass(frozen=True)
 class SamplingFigures:
-    """PSNR of the mean, LPIPS of one sample, and coverage on held-out images, at fixed measurements and seeds.
+    """PSNR of the mean, LPIPS of one sample, and how far samples are spread, on held-out images at fixed measurements and seeds.
 
     Attributes:
         images: number of images, spread evenly over the held-out ones; image i is seen through family i, in turn.
@@ -50,7 +50,8 @@ class SamplingFigures:
         for truth, likelihood in zip(truths, likelihoods, strict=True):
             x = sampler(Posterior(prior, likelihood), self.samples, seed=0).x
             error = ((x.mean(0).clamp(-1, 1) - truth) / 2).square().mean()
-            rows.append({"psnr": float(-10 * error.log10()), **_lpips(x[0], truth), "std": float(x.std(0).mean()) / 2})
+            spread = {"std": float(x.std(0).mean()) / 2} if len(x) > 1 else {}
+            rows.append({"psnr": float(-10 * error.log10()), **_lpips(x[0], truth), **spread})
         return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
 
 

@@ -24,9 +24,10 @@ from fewstep.objectives.matching import DistributionMatching, fake_score
 from fewstep.objectives.ud2m import UD2M, Contest, Weights
 from fewstep.priors.loaders import load_prior
 from fewstep.priors.unet import UNetDenoiser
+from fewstep.processes import process
 from fewstep.recipes import build
 from fewstep.recipes.sampling import SamplingFigures
-from fewstep.training import Trainer, TrainingOptions, process
+from fewstep.training import Trainer, TrainingOptions
 from fewstep.unfolded.decoders import AdaptedDecoder, ContextDecoder
 from fewstep.unfolded.levels import LevelConfig
 from fewstep.unfolded.lora import LoRAConfig
@@ -180,7 +181,9 @@ class UD2MRecipe:
 
 def _begin_from(network: UnfoldedNetwork, trained: UnfoldedNetwork) -> None:
     """Copy the weights of `trained`; levels of another number of iterations stay at their base."""
-    weights = trained.state_dict()
+    weights, own, wanted = trained.state_dict(), trained.config.levels, network.config.levels
+    if own.iterations == wanted.iterations and own != wanted:
+        raise ValueError(f"init: the trained sampler has the levels {own}, this recipe has {wanted}")
     if trained.config.levels.iterations != network.config.levels.iterations:
         weights |= {name: value for name, value in network.state_dict().items() if name.startswith("levels.")}
     try:

@@ -172,14 +172,25 @@ def find_network(name: str) -> Path:
     if Path(name).is_dir():
         return Path(name)
     if is_hub_id(name):
-        return fetch(name, ["config.json", "model.safetensors"])
+        return _fetched(name)
     known = ", ".join(available_networks()) or "none in this installation"
     raise ValueError(
         f"no trained sampler {name!r}: neither a shipped one ({known}), nor a folder, nor a hub id 'owner/name'"
     )
 
 
-@lru_cache(maxsize=4)
 def open_network(name: str) -> UnfoldedNetwork:
-    """Return the network called `name`; the same frozen object each time."""
-    return load_network(find_network(name))
+    """Return the network called `name`; the same frozen object each time, until other weights lie there."""
+    folder = find_network(name).resolve()
+    return _opened(folder, str(read_header(folder).get("sha256")))
+
+
+@lru_cache(maxsize=4)
+def _opened(folder: Path, sha256: str) -> UnfoldedNetwork:
+    return load_network(folder)
+
+
+@lru_cache(maxsize=4)
+def _fetched(name: str) -> Path:
+    """Return where the hub's files of `name` lie; asked once per process."""
+    return fetch(name, ["config.json", "model.safetensors"])

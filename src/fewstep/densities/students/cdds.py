@@ -182,6 +182,7 @@ class CDDS(Presets):
         },
         "narrow": {
             "map": "gated",
+            "size": MapConfig(),
             "grid": "angle_squared",
             "objective": FlowRegression(relative=1.0),
             "counts": (1, 4, 2, 4),
