@@ -239,10 +239,12 @@ def test_kernel_mixture_is_a_density_with_its_sampler():
 
 
 def test_smc_on_top_of_biased_draws():
-    """Draws with modes in the wrong shares and too wide: the weights on top are unbiased all the same."""
+    """Draws with modes in the wrong shares, too wide, and one no number: the weights on top are unbiased all the same."""
     target = Quartet()
     noise = Streams(4, range(2000), torch.float64)
-    bad = Draws(target.means[torch.arange(2000) % 4] + 0.4 * noise.randn(2), nfe=4)
+    x = target.means[torch.arange(2000) % 4] + 0.4 * noise.randn(2)
+    x[7] = torch.nan
+    bad = Draws(x, nfe=4)
     found = corrections.smc_on_top(
         bad, target, 128 * 12, method=SequentialMonteCarlo(Hamiltonian(2), particles=128, keep=0.8), centres=64
     )

@@ -167,7 +167,8 @@ def smc_on_top(
     useful = draws.kind == "unbiased" and len(draws) * draws.ess >= centres
     some = draws.resample(seed=seed) if useful else draws
     rows = torch.randperm(len(some), generator=torch.Generator().manual_seed(seed))
-    base = KernelMixture.fitted(whitened.to_y(some.x[rows]).double(), centres)
+    y = whitened.to_y(some.x[rows]).double()
+    base = KernelMixture.fitted(y[y.isfinite().all(1)], centres)
     found = (method or SequentialMonteCarlo()).sample(whitened, n, seed=seed, base=base)
     share = len(draws) / n
     return replace(
