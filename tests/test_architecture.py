@@ -18,7 +18,7 @@ LAYERS = (
     {"images", "data", "metrics", "store", "uncertainty"},  # files and numbers, on core alone
     {"priors", "operators", "methods", "solvers", "unfolded"},
     {"objectives", "testing", "options", "measurements", "calibrated", "deepinv_model", "tuning"},
-    {"densities", "checkpoints", "training", "recipes", "report", "outputs", "task", "restore"},
+    {"densities", "checkpoints", "processes", "training", "recipes", "report", "outputs", "task", "restore"},
     {"bench", "commands"},
     {"cli", "app"},
 )

@@ -138,7 +138,8 @@ def _of_path(word: str, given: Mapping[str, str], options: Collection[str]) -> N
 
 
 def _known(record: Mapping[str, Any]) -> str:
-    return f"target = fewstep.target({', '.join(filter(None, [repr(record['name']), _arguments(record['fields'])]))})"
+    fields = _arguments(record["fields"])
+    return f'target = fewstep.target("{record["name"]}"{", " if fields else ""}{fields})'
 
 
 def _arguments(values: Mapping[str, Any]) -> str:
