@@ -18,9 +18,8 @@ from fewstep.core.density import TargetDensity
 from fewstep.core.noise import Streams
 from fewstep.densities.whitened import Whitened
 
-_RADII = torch.logspace(
-    2, 9, 9, dtype=torch.float64
-)  # in units of the start, N(0, I); wider laws are not told from flat ones
+# in units of the start, N(0, I); a law that is wider still is not told from a flat one
+_RADII = torch.logspace(2, 9, 9, dtype=torch.float64)
 _TUBE = 8  # rays per bundle
 
 
