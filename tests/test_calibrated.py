@@ -110,7 +110,7 @@ def covered(sampler, calibration, family):
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.word)
 def test_a_narrow_sampler_covers_again_on_new_photographs(sampler, found, family):
-    calibration = found.find(Asked(get_operator(family.word)(), 0.05, SAMPLES, 0.9))
+    calibration = found.find(Asked(get_operator(family.word)(), 0.05, SAMPLES, 0.9)).calibration
     (calibrated, plain), (error, _) = covered(sampler, calibration, family)
     assert 0.9 - 4 * error < calibrated < 0.9 + 2 * PLAN.worst / 25 + 4 * error + 0.01
     assert plain < 0.6 and calibration.factor > 2
@@ -138,8 +138,36 @@ def test_a_task_is_the_family_that_draws_nothing_else():
 def test_a_file_holds_everything(found, sampler):
     path = found.save(sampler.folder)
     assert Calibrations.load(sampler.folder) == found and path.name == FILE
-    assert [(word, c.num_samples) for word, c in found.entries] == [(f.word, k) for f in FAMILIES for k in (2, SAMPLES)]
+    assert [(e.word, e.calibration.num_samples) for e in found.entries] == [
+        (f.word, k) for f in FAMILIES for k in (2, SAMPLES)
+    ]
     assert found.outer == {"steps": 1, "eta": 1.0, "kernel": "bridge", "grid": "quadratic"}
+
+
+def test_choices_told_apart_have_factors_of_their_own(sampler):
+    rates = Family("inpaint-random", fields={"rate": [0.2, 0.9], "mask_seed": {"low": 0, "high": 9}}, sigma=0.05)
+    families, few = (FAMILIES[0], rates), replace(PLAN, samples=(SAMPLES,), apart=("rate",))
+    found = calibrate(sampler, PixelPrior(), photos(24, seed=1), families, few)
+    assert [e.name for e in found.entries] == ["denoise", "inpaint-random (rate 0.2)", "inpaint-random (rate 0.9)"]
+    alone = calibrate(sampler, PixelPrior(), photos(24, 1), rates.kinds(["rate"])[1:], replace(few, apart=()))
+    assert found.entries[2].calibration == alone.entries[0].calibration  # as if there were no other
+    found.save(sampler.folder)
+    assert Calibrations.load(sampler.folder) == found
+    rare, often = (e.calibration.factor for e in found.entries[1:])
+    for rate, factor in ((0.2, rare), (0.9, often), (0.5, max(rare, often))):
+        verdict = judge(sampler, Asked(get_operator("inpaint-random")(rate=rate), 0.05, SAMPLES, 0.9))
+        assert verdict.calibration.factor == factor and bool(verdict.outside) == (rate == 0.5)
+    assert (
+        rare != often
+        and "family inpaint-random (rate 0.9)"
+        in judge(sampler, Asked(get_operator("inpaint-random")(rate=0.9), 0.05, SAMPLES, 0.9)).text
+    )
+
+
+@pytest.mark.parametrize(("name", "said"), [("rate", "drawn from a range"), ("rat", "no operator of training")])
+def test_only_choices_can_be_told_apart(sampler, name, said):
+    with pytest.raises(ValueError, match=said):
+        calibrate(sampler, PixelPrior(), photos(24, seed=1), FAMILIES, replace(PLAN, apart=(name,)))
 
 
 def test_calibrations_of_other_weights_are_refused(found, sampler):
@@ -315,5 +343,6 @@ def test_the_command_writes_the_file_beside_the_weights(tmp_path, sampler, monke
     result = CliRunner().invoke(app, [*words, "--limit", "5", "--crop", "16", "--set", "steps=1", "--device", "cpu"])
     assert result.exit_code == 0, result.output
     found = Calibrations.load(sampler.folder)
-    assert [(c.num_samples, c.images, c.level) for _, c in found.entries] == [(2, 5, 0.8), (3, 5, 0.8)]
+    fitted = [e.calibration for e in found.entries]
+    assert [(c.num_samples, c.images, c.level) for c in fitted] == [(2, 5, 0.8), (3, 5, 0.8)]
     assert found.outer["steps"] == 1 and json.loads((sampler.folder / FILE).read_text())["crop"] == 16

@@ -1,4 +1,4 @@
-"""Calibrations that lie beside the weights of a trained sampler: fitted on photographs, one per family of operators.
+"""Calibrations that lie beside the weights of a trained sampler: fitted on photographs, one per family of operators or kind in it.
 
 A promise holds for what it was fitted on: these weights, these outer steps, this many samples, this level, photographs of this
 size, and operators as the family draws them. Whatever differs is said; a calibration of other weights is never used.
@@ -7,7 +7,7 @@ size, and operators as the family draws them. Whatever differs is said; a calibr
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -46,6 +46,8 @@ class Plan:
             missed.
         seed: of measurements and samples.
         chunk: the most samples that go through the network at once.
+        apart: fields of operators whose choices get calibrations of their own, such as the factor of super-resolution. A factor
+            promises a mean over what it was fitted on: the fewer different things that is, the nearer is each to its level.
     """
 
     levels: tuple[float, ...] = (0.9,)
@@ -54,6 +56,7 @@ class Plan:
     worst: float = 0.5
     seed: int = 0
     chunk: int | None = None
+    apart: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.levels or not self.samples or min(self.samples) < 2:
@@ -67,6 +70,23 @@ class Asked(NamedTuple):
     sigma: float | None
     num_samples: int
     level: float
+
+
+class Entry(NamedTuple):
+    """A calibration and what it is for: operators of a word, with fields of the values that `kind` names."""
+
+    word: str
+    kind: Mapping[str, Any]
+    calibration: Calibration
+
+    def holds(self, operator: Operator) -> bool:
+        """Return whether the operator is of this kind."""
+        return operator.word == self.word and all(getattr(operator, k) == v for k, v in self.kind.items())
+
+    @property
+    def name(self) -> str:
+        """The word, with the kind in brackets."""
+        return kind_name(self.word, self.kind)
 
 
 class Verdict(NamedTuple):
@@ -92,14 +112,14 @@ class Calibrations:
         outer: `OUTER` of the sampler that was calibrated.
         crop: side of the photographs, pixels.
         families: the operators of training, from which those of calibration were drawn.
-        entries: words of operators and their calibrations, one per level and number of samples.
+        entries: calibrations of operators, one per kind, level and number of samples.
     """
 
     sha256: str
     outer: dict[str, Any]
     crop: int
     families: tuple[Family, ...]
-    entries: tuple[tuple[str, Calibration], ...]
+    entries: tuple[Entry, ...]
 
     def save(self, folder: str | Path) -> Path:
         """Write `calibration.json` into `folder`, atomically."""
@@ -110,7 +130,7 @@ class Calibrations:
             "outer": self.outer,
             "crop": self.crop,
             "families": [asdict(family) for family in self.families],
-            "entries": [{"operator": word, **calibration.to_json()} for word, calibration in self.entries],
+            "entries": [{"operator": e.word, "kind": dict(e.kind), **e.calibration.to_json()} for e in self.entries],
         }
         path = Path(folder) / FILE
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -130,7 +150,10 @@ class Calibrations:
             if values["format"] != FORMAT:
                 raise ValueError("it is of another format")
             families = tuple(Family(**family) for family in values["families"])
-            entries = tuple((entry.pop("operator"), Calibration.from_json(entry)) for entry in values["entries"])
+            entries = tuple(
+                Entry(entry.pop("operator"), dict(entry.pop("kind")), Calibration.from_json(entry))
+                for entry in values["entries"]
+            )
             found = cls(values["sha256"], dict(values["outer"]), int(values["crop"]), families, entries)
         except FileNotFoundError:
             raise ValueError(f"there is no {FILE} beside the weights") from None
@@ -145,13 +168,21 @@ class Calibrations:
         gaps = [family.outside(operator, sigma or 0.0) for family in self._of(operator.word)]
         return min(gaps, key=len) if gaps else (f"no {operator.word} among the operators of training",)
 
-    def find(self, asked: Asked) -> Calibration | None:
-        """Return the calibration for the operator's word, the level and the number of samples."""
-        for word, found in self.entries:
-            same = abs(found.level - asked.level) < 1e-9 and found.num_samples == asked.num_samples
-            if word == asked.operator.word and same:
-                return found
-        return None
+    def find(self, asked: Asked) -> Entry | None:
+        """Return the entry for the operator, the level and the number of samples.
+
+        Where the operator is of no kind, such as a factor between those of training, it is the one of its word that stretches
+        most.
+        """
+        for_word = [
+            e
+            for e in self.entries
+            if e.word == asked.operator.word
+            and e.calibration.num_samples == asked.num_samples
+            and abs(e.calibration.level - asked.level) < 1e-9
+        ]
+        of_kind = [e for e in for_word if e.holds(asked.operator)]
+        return max(of_kind or for_word, key=lambda e: e.calibration.factor, default=None)
 
     def verdict(self, sampler: UnfoldedSampler, asked: Asked) -> Verdict:
         """Return what these calibrations say of the intervals that are asked for."""
@@ -160,11 +191,12 @@ class Calibrations:
         if found is None or differ:
             why = f"calibrated with {', '.join(differ)}" if differ else self._offer(asked.operator.word)
             return Verdict(None, outside, f"not calibrated: {why}" + _flag(outside))
-        text = f"calibrated on {found.images} photographs of {self.crop} pixels, family {asked.operator.word}"
-        return Verdict(found, outside, text + _flag(outside))
+        text = f"calibrated on {found.calibration.images} photographs of {self.crop} pixels, family {found.name}"
+        return Verdict(found.calibration, outside, text + _flag(outside))
 
     def _offer(self, word: str) -> str:
-        offers = [f"{c.num_samples} samples at level {c.level:g}" for w, c in self.entries if w == word]
+        fitted = [e.calibration for e in self.entries if e.word == word]
+        offers = dict.fromkeys(f"{c.num_samples} samples at level {c.level:g}" for c in fitted)
         return f"{word} is calibrated for {' or '.join(offers)}" if offers else f"there is no calibration for {word}"
 
     def _of(self, word: str) -> list[Family]:
@@ -193,7 +225,7 @@ def calibrate(
     plan: Plan,
     progress: Progress | None = None,
 ) -> Calibrations:
-    """Calibrate a trained sampler on photographs; every family sees each of them once, through an operator of its own.
+    """Calibrate a trained sampler on photographs; every kind of operator sees each of them once, by an operator of its own.
 
     Args:
         sampler: of a network on disk.
@@ -204,23 +236,46 @@ def calibrate(
         progress: called after every photograph.
 
     Raises:
-        ValueError: the network is not on disk, or there are too few photographs for the level.
+        ValueError: the network is not on disk, there are too few photographs for the level, or what is to be told apart cannot
+            be.
     """
     if sampler.folder is None:
         raise ValueError("calibrations belong to weights on disk: save the network first")
-    entries: list[tuple[str, Calibration]] = []
-    for word in dict.fromkeys(family.word for family in families):
+    entries: list[Entry] = []
+    for word, kind, members in kinds_of(families, plan.apart):
         pairs = []
-        for pair in simulated(sampler, prior, photos, [f for f in families if f.word == word], plan):
+        for pair in simulated(sampler, prior, photos, members, plan):
             pairs.append(pair)
             if progress is not None:
-                progress(word, len(pairs), len(photos))
+                progress(kind_name(word, kind), len(pairs), len(photos))
         for level in plan.levels:
             for k in plan.samples:
                 few = ((replace(samples, x=samples.x[:k]), truth) for samples, truth in pairs)
-                entries.append((word, Calibration.fit(few, level, worst=plan.worst)))
+                entries.append(Entry(word, kind, Calibration.fit(few, level, worst=plan.worst)))
     sha256 = str(read_header(sampler.folder)["sha256"])
     return Calibrations(sha256, outer(sampler), plan.crop, tuple(families), tuple(entries))
+
+
+def kinds_of(families: Sequence[Family], apart: Sequence[str]) -> list[tuple[str, dict[str, Any], list[Family]]]:
+    """Return what gets calibrations of its own: words, the values of the fields `apart`, and the families that draw them.
+
+    Raises:
+        ValueError: no operator has such a field, or it is drawn from a range.
+    """
+    groups: dict[tuple[str, str], tuple[str, dict[str, Any], list[Family]]] = {}
+    for family in families:
+        for one in family.kinds(apart):
+            kind = {name: one.fields[name] for name in apart if name in one.fields}
+            groups.setdefault((one.word, repr(kind)), (one.word, kind, []))[2].append(one)
+    for name in apart:
+        if not any(name in kind for _, kind, _ in groups.values()):
+            raise ValueError(f"no operator of training has a field {name!r} to tell apart")
+    return list(groups.values())
+
+
+def kind_name(word: str, kind: Mapping[str, Any]) -> str:
+    """Return a word with a kind in brackets."""
+    return word + f" ({', '.join(f'{k} {v}' for k, v in kind.items())})" * bool(kind)
 
 
 def simulated(

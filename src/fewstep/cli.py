@@ -265,6 +265,9 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter is one option
     limit: Annotated[int | None, typer.Option(help="The last photographs in sorted order, so many of them.")] = None,
     crop: Annotated[int, typer.Option(help="Side of the square in the middle of each, pixels.")] = 128,
     recipe: Annotated[str, typer.Option(help="Whose operators to calibrate for.")] = "natural-general",
+    apart: Annotated[
+        list[str] | None, typer.Option(help="Field whose choices are calibrated apart; repeatable.")
+    ] = None,
     assign: Annotated[list[str] | None, typer.Option("--set", help="field=value of ud2m; repeatable.")] = None,
     seed: Annotated[int, typer.Option(help="Of measurements and samples.")] = 0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; a GPU where there is one.")] = None,
@@ -275,7 +278,7 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter is one option
     from fewstep.commands.calibrating import run
     from fewstep.options import assignments
 
-    plan = Plan(tuple(level or [0.9]), tuple(samples or [16]), crop, seed=seed)
+    plan = Plan(tuple(level or [0.9]), tuple(samples or [16]), crop, seed=seed, apart=tuple(apart or []))
     fields = assignments(assign or [])
     run(network, photos, plan, console, fields=fields, recipe=recipe, limit=limit, device=device, out=out)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -54,6 +55,21 @@ class Family:
         """Return an operator and a noise level."""
         values = {name: pick(entry, rng) for name, entry in self.fields.items()}
         return get_operator(self.word)(**values), float(pick(self.sigma, rng))
+
+    def kinds(self, apart: Sequence[str]) -> list[Family]:
+        """Return one family for each choice of the fields `apart`, which stays; those that the operator lacks are left out.
+
+        Raises:
+            ValueError: such a field has a range: what can be told apart are choices.
+        """
+        defaults = {f.name: f.default for f in fields(get_operator(self.word))}  # type: ignore[arg-type]
+        entries = {name: self.fields.get(name, defaults[name]) for name in apart if name in defaults}
+        for name, entry in entries.items():
+            if isinstance(entry, Mapping):
+                raise ValueError(f"{name} of {self.word} is drawn from a range; only choices can be told apart")
+        choices = [entry if isinstance(entry, list) else [entry] for entry in entries.values()]
+        fixed = (dict(zip(entries, values, strict=True)) for values in itertools.product(*choices))
+        return [dataclasses.replace(self, fields={**self.fields, **values}) for values in fixed]
 
     def outside(self, operator: Operator, sigma: float) -> tuple[str, ...]:
         """Return what of an operator of this word and its noise level can never be drawn, "name value (allowed)" each."""

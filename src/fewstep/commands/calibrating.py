@@ -79,6 +79,7 @@ def families_of(recipe: str) -> tuple[Family, ...]:
 def table(found: Calibrations) -> Table:
     """Return the factors, one row per entry."""
     out = Table("operator", "level", "samples", "photographs", "factor", box=None, pad_edge=False)
-    for word, c in found.entries:
-        out.add_row(word, f"{c.level:g}", str(c.num_samples), str(c.images), f"{c.factor:.3f}")
+    for entry in found.entries:
+        c = entry.calibration
+        out.add_row(escape(entry.name), f"{c.level:g}", str(c.num_samples), str(c.images), f"{c.factor:.3f}")
     return out
