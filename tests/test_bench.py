@@ -50,7 +50,13 @@ def test_report_is_json_with_a_header_and_makes_markdown(tmp_path):
     common.show(report)
 
 
-@pytest.mark.parametrize("content", ["{}", "[1]", "nonsense", None])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("{}", "[1]", "nonsense", None, '{"format": "fewstep.bench"}'),
+        *('{"format": "fewstep.bench", "tables": [1]}', '{"format": "fewstep.bench", "tables": {"t": []}}'),
+    ],
+)
 def test_what_is_no_report_is_refused(tmp_path, content):
     path = tmp_path / "r.json"
     if content is not None:
@@ -68,6 +74,19 @@ def test_failed_write_leaves_the_old_report(tmp_path):
     broken.settings = object()  # no mapping: becomes text, so this must still be written
     broken.write(path)
     assert path.read_text() != before and not list(tmp_path.glob(".*"))
+
+
+def test_tables_are_written_into_new_folders_and_remarks_say_whose_they_are(tmp_path):
+    rows = [{"ablation": "loss", "choice": "all", "remark": "diverged"}]
+    common.Report("demo", {}, {"t": rows}).write(tmp_path / "r.json")
+    table.main(tmp_path / "r.json", tmp_path / "new" / "t.md")
+    assert "- loss all: diverged" in (tmp_path / "new" / "t.md").read_text()
+
+
+@pytest.mark.parametrize("budget", [0, -5])
+def test_budgets_of_no_call_are_refused(budget):
+    with pytest.raises(ValueError, match="1 or more"):
+        list(common.variants(["dps"], [10, budget]))
 
 
 @pytest.mark.parametrize("budget", [1, 7, 20, 100])

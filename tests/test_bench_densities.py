@@ -227,6 +227,13 @@ def test_what_cannot_be_run_is_refused(given, message):
         run(None, **given)
 
 
+def test_all_targets_are_known_before_the_first_is_run(monkeypatch):
+    monkeypatch.setattr(densities.Bench, "tables", lambda *_: pytest.fail("run"))
+    for name, message in (("funel", "funnel"), ("sonar", "--data")):
+        with pytest.raises(ValueError, match=message):
+            run(None, targets=("nine_modes", name))
+
+
 def test_distances_are_means_over_sets_each_beside_its_own(truth):
     x = exact(0, 3 * 256 - 5)
     parts = x.tensor_split(3)

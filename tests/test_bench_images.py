@@ -194,11 +194,36 @@ def test_budgets_of_an_unfolded_network_are_multiples_of_its_iterations(budget, 
     assert (found and found.steps) == steps and (found is None or found.nfe == 3 * steps)
 
 
-def test_keys_of_untrained_methods_are_what_they_were(folder):
-    """Rows that an earlier version wrote still count."""
-    path, setup = next(iter(sorted(folder.iterdir()))), images.Setup(None)
-    entry = Variant("ud2m", "", UD2M())
-    key = images.row_key(path, TASKS["sr4"], entry, setup)
-    assert key == f"0.png|{TASKS['sr4']}|{UD2M()!r}" and json.dumps(key)
-    assert images.row_key(path, TASKS["sr4"], None, setup) == f"0.png|{TASKS['sr4']}|measurement"
-    assert math.isclose(setup.nominal, 0.6)
+def test_rows_belong_to_the_photograph_and_its_number(folder, given, tmp_path):
+    """Another file of the same name, or one that comes before it, makes another measurement."""
+    first, second = images.Photo.all(sorted(folder.iterdir()))[:2]
+    setup, entry = images.Setup(None), Variant("ud2m", "", UD2M())
+    key = images.row_key(first, TASKS["sr4"], entry, setup)
+    assert key == f"0.png|0|{first.digest}|{TASKS['sr4']}|{UD2M()!r}" and json.dumps(key)
+    assert images.row_key(first, TASKS["sr4"], None, setup) == f"0.png|0|{first.digest}|{TASKS['sr4']}|measurement"
+    assert first.digest != second.digest and math.isclose(setup.nominal, 0.6)
+    before = images.main(folder, tmp_path / "t.json", limit=1, **given).tables
+    first.path.write_bytes(second.path.read_bytes())
+    after = images.main(folder, tmp_path / "t.json", limit=1, **given).tables
+    rows = [next(iter(tables.values())) for tables in (before, after, images.main(folder, limit=1, **given).tables)]
+    quality = [[row["PSNR mean"] for row in table] for table in rows]
+    assert quality[1] == quality[2] != quality[0]
+
+
+def test_what_failed_or_had_no_lpips_is_run_again(folder, given, tmp_path, monkeypatch):
+    whole = images.Posterior
+
+    def short_of_memory(prior, likelihood):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(images, "Posterior", short_of_memory)
+    run = partial(images.main, folder, tmp_path / "t.json", limit=1, **given)
+    ((_, lost),) = run().tables.values()
+    monkeypatch.setattr(images, "Posterior", whole)
+    ((_, done),) = run().tables.values()
+    assert lost["remark"].startswith("failed: RuntimeError: out of memory") and done["PSNR mean"] > 5
+    calls = []
+    monkeypatch.setattr(images, "method_row", lambda *a, f=images.method_row: calls.append(1) or f(*a))
+    assert run() and not calls
+    monkeypatch.setattr(images, "_lpips_sources", lambda setup: ["elsewhere", "none"])
+    assert run() and len(calls) == 1

@@ -1,9 +1,12 @@
 """The benchmarks of solvers at a tiny size, and what they say where that is known."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from fewstep.bench import common, few_calls, grounds, rejection, solvers, srds
+from fewstep.bench.log import Log
 from fewstep.core.noise import Noise
 from fewstep.priors.exact import GaussianPrior
 from fewstep.solvers.ddim import DDIM
@@ -64,8 +67,20 @@ def test_tuned_rows_are_held_against_the_best_untuned_one_and_resumed(tmp_path, 
     assert row["gain"] == pytest.approx(row["its mean error"] - row["mean error"], abs=1e-6)
     with pytest.raises(ValueError, match="times that can be tuned"):
         solvers.main(**{**given, "solvers": ["srds"], "budgets": (5, 10), "tuned": (10,)})
+    with pytest.raises(ValueError, match=r"\[3\] are not among the budgets"):
+        solvers.main(**{**given, "tuned": (3,)})
     monkeypatch.setattr(grounds.Ground, "figures", lambda *_: pytest.fail("run twice"))
     assert solvers.main(tmp_path / "s.json", **given).tables == first.tables
+
+
+def test_the_state_of_a_tuning_has_a_file_whatever_the_prior_is_called(tmp_path):
+    ground = SimpleNamespace(title="Prior runs/1/prior")
+    log = Log(tmp_path / "s.jsonl", "mark")
+    tables = few_calls.Tables(ground, few_calls.Plan(["ddim"], [5], tuned=[5]), log)
+    found = [tables._state(tables._key(5, name, "ddim")) for name in ("ays", "ggdm")]
+    assert found[0] != found[1] and {path.parent for path in found} == {tmp_path}
+    other = few_calls.Tables(ground, tables.plan, Log(tmp_path / "s.jsonl", "other seed"))
+    assert other._state(other._key(5, "ays", "ddim")) != found[0]
 
 
 def test_the_truth_of_a_network_is_its_flow():

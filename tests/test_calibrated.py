@@ -170,6 +170,46 @@ def test_only_choices_can_be_told_apart(sampler, name, said):
         calibrate(sampler, PixelPrior(), photos(24, seed=1), FAMILIES, replace(PLAN, apart=(name,)))
 
 
+def test_a_file_without_kinds_is_of_whole_families(found, sampler):
+    path = found.save(sampler.folder)
+    values = json.loads(path.read_text())
+    for entry in values["entries"]:
+        del entry["kind"]
+    path.write_text(json.dumps(values))
+    assert Calibrations.load(sampler.folder) == found
+
+
+def test_what_cannot_be_calibrated_is_refused_before_sampling(sampler):
+    def never(word, done, total):
+        pytest.fail("sampled")
+
+    with pytest.raises(ValueError, match=r"99% intervals need 49 images at least to calibrate on, got 6"):
+        calibrate(sampler, PixelPrior(), photos(6, 1), FAMILIES, replace(PLAN, levels=(0.99,)), never)
+    for levels in ((1.5,), (0.5,)):
+        with pytest.raises(ValueError, match="worst"):
+            Plan(levels=levels)
+    with pytest.raises(ValueError, match=r"90% intervals need 4 images"):
+        bench.main(*folders_of(sampler.folder, 3, 1), methods=["ddrm"], tasks=["sr2"], prior="random", crop=SIDE)
+    with pytest.raises(ValueError, match="fitted = 0"):
+        bench.main(*folders_of(sampler.folder, 3, 1), fitted=0)
+
+
+def test_a_method_that_does_not_fit_a_task_leaves_the_other_rows(sampler, monkeypatch):
+    given = {"samples": 3, "crop": SIDE, "tasks": ["jpeg10"], "steps": [2], "prior": PixelPrior()}
+    report = bench.main(*folders_of(sampler.folder, 5, 1), methods=["ddrm", "latino:photo"], **given)
+    lost, done = report.tables["Coverage"]
+    assert "gaussian" in lost["remark"] and "plain" not in lost and 0 < done["plain"] <= 1
+
+
+def folders_of(home, *counts):
+    """Return folders with so many photographs each."""
+    for n in counts:
+        (home / str(n)).mkdir(exist_ok=True)
+        for i, photo in enumerate(photos(n, n)):
+            Image.fromarray(photo.permute(1, 2, 0).numpy()).save(home / str(n) / f"{i}.png")
+    return [home / str(n) for n in counts]
+
+
 def test_calibrations_of_other_weights_are_refused(found, sampler):
     found.save(sampler.folder)
     asked = Asked(get_operator("denoise")(), 0.1, SAMPLES, 0.9)
@@ -315,16 +355,16 @@ def test_the_table_reports_calibrated_coverage_and_knows_the_weights(found, samp
     folder.mkdir()
     for i, photo in enumerate(photos(3, 4)):
         Image.fromarray(photo.permute(1, 2, 0).numpy()).save(folder / f"{i}.png")
-    paths = sorted(folder.iterdir())
+    shown = images.Photo.all(sorted(folder.iterdir()))
     task = Task(get_operator("denoise")(), 0.1)
     setup = images.Setup(PixelPrior(), SAMPLES, crop=SIDE)
     entry, log = Variant("narrow", "", sampler), Log(None, "mark")
-    plain = images.row_key(paths[0], task, entry, setup)
+    plain = images.row_key(shown[0], task, entry, setup)
     found.save(sampler.folder)
-    assert images.row_key(paths[0], task, entry, setup) != plain
-    for i, path in enumerate(paths):
-        images.run_image(path, i, {"denoise": task}, [entry], setup, log)
-    row = images.Table(task, setup, paths, log).rows([entry])[1]
+    assert images.row_key(shown[0], task, entry, setup) != plain
+    for photo in shown:
+        images.run_image(photo, {"denoise": task}, [entry], setup, log)
+    row = images.Table(task, setup, shown, log).rows([entry])[1]
     assert row["coverage"] < 0.6 and row[images.CALIBRATED] > 0.85 and "family denoise" in row["remark"]
 
 

@@ -53,6 +53,17 @@ def test_ssim_in_strips_agrees_with_scikit_image(monkeypatch):
     assert metrics.ssim(X, Y)[0] == pytest.approx(whole, abs=1e-6)
 
 
+@pytest.mark.parametrize("grey", [213 / 255, 0.3])
+def test_a_flat_image_is_like_itself(grey):
+    flat = torch.full((1, 3, 40, 40), grey)
+    assert metrics.ssim(flat, flat)[0] == pytest.approx(1, abs=1e-9)
+
+
+def test_unknown_lpips_networks_are_refused():
+    with pytest.raises(ValueError, match="unknown LPIPS network 'squeeze'"):
+        metrics.lpips(torch.zeros(1, 3, 64, 64), torch.zeros(1, 3, 64, 64), net="squeeze")
+
+
 def test_small_images_have_no_ssim_or_lpips():
     x = X[..., :7, :5]
     for value, reason in (metrics.ssim(x, x), metrics.lpips(x, x)):

@@ -103,7 +103,12 @@ def test_files_that_are_none_are_refused(tmp_path):
     (tmp_path / "a.npz").write_bytes(b"no")
     np.savez(tmp_path / "b.npz", images=np.zeros((2, 4, 4), np.uint8))
     np.savez(tmp_path / "c.npz", images=np.zeros((2, 4, 4), np.float32), labels=np.zeros(2))
-    for name, message in (("a", "is no .npz"), ("b", "is no .npz"), ("c", "uint8"), ("d", "is no .npz")):
+    whole = digits(tmp_path / "whole.npz").read_bytes()
+    (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
+    middle = len(whole) // 3
+    (tmp_path / "bit.npz").write_bytes(whole[:middle] + bytes([whole[middle] ^ 255]) + whole[middle + 1 :])
+    none = ("a", "b", "d", "cut", "bit")
+    for name, message in (("c", "uint8"), *((name, "is no .npz") for name in none)):
         with pytest.raises(ValueError, match=message):
             Labelled.read(tmp_path / f"{name}.npz")
 

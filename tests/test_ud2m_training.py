@@ -382,12 +382,19 @@ def test_times_of_the_objective_are_times(times):
         ({"network": {"levels": {"iteration": 2}}}, "did you mean 'iterations'"),
         ({"holdout": 3}, "there are 3 images"),
         ({"kind": "ud3m"}, "unknown kind"),
+        ({"kind": [1]}, "unknown kind"),
     ],
 )
 def test_wrong_recipes_are_refused(tmp_path, no_files, change, match):
     recipe, data = prepare(tmp_path, **{"decoder": "lora", **change})
     with pytest.raises(ValueError, match=match):
         recipes.train(recipe, data, tmp_path / "out")
+
+
+def test_a_recipe_that_is_no_text_is_named(tmp_path):
+    (tmp_path / "r.yaml").write_bytes(b"kind: \xe9t\xe9")
+    with pytest.raises(ValueError, match=r"r\.yaml cannot be read as a recipe"):
+        recipes.read_recipe(tmp_path / "r.yaml")
 
 
 def test_missing_lpips_weights_are_named_on_the_command_line(tmp_path, monkeypatch, capsys):

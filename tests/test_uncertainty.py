@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -124,7 +125,7 @@ def pixel_ends(samples: Samples) -> tuple[Tensor, Tensor]:
 def test_calibration_is_stored_and_read():
     calibration = Calibration.fit([pictures(1, 20)], 0.9, patch=2)
     assert Calibration.from_json(json.loads(json.dumps(calibration.to_json()))) == calibration
-    for change in ({"format": "other"}, {"new": 1}):
+    for change in ({"format": "other"}, {"new": 1}, {"factor": None}, {"level": "a"}, {"factor": math.nan}):
         with pytest.raises(ValueError, match="not a calibration"):
             Calibration.from_json({**calibration.to_json(), **change})
 
@@ -140,8 +141,10 @@ def test_calibration_says_no():
         Calibration.fit([pictures(1, 9)]).apply(pictures(1, 1, k=6)[0])
     with pytest.raises(ValueError, match="finite truths"):
         Calibration.fit([(FRESH[0], FRESH[1] * torch.nan)])
-    for bad in ({"level": 1.0}, {"floor": 0.0}, {"worst": 0.05}):
-        with pytest.raises(ValueError, match="worst"):
+    with pytest.raises(ValueError, match="samples that are not finite"):
+        Calibration.fit([(replace(FRESH[0], x=FRESH[0].x * torch.nan), FRESH[1])])
+    for bad, said in (({"level": 1.0}, "worst"), ({"floor": 0.0}, "floor"), ({"worst": 0.05}, "worst")):
+        with pytest.raises(ValueError, match=said):
             Calibration.fit([FRESH], **bad)
 
 

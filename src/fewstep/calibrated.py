@@ -24,7 +24,7 @@ from fewstep.core.samples import Samples
 from fewstep.data import CropShape, RandomCrops, center_crops
 from fewstep.measurements import Family, SimulatedMeasurements
 from fewstep.operators.base import Operator
-from fewstep.uncertainty.calibration import Calibration
+from fewstep.uncertainty.calibration import Calibration, least_images
 from fewstep.unfolded.sampler import UnfoldedSampler
 
 FILE, FORMAT = "calibration.json", "fewstep.calibrations"
@@ -61,6 +61,16 @@ class Plan:
     def __post_init__(self) -> None:
         if not self.levels or not self.samples or min(self.samples) < 2:
             raise ValueError(f"intervals need a level and at least 2 samples, got {self.levels} and {self.samples}")
+        for level in self.levels:
+            least_images(level, self.worst)
+
+    def check(self, images: int) -> None:
+        """Raise ValueError where there are too few images for a level."""
+        for level in self.levels:
+            if images < (least := least_images(level, self.worst)):
+                raise ValueError(
+                    f"{100 * level:.4g}% intervals need {least} images at least to calibrate on, got {images}"
+                )
 
 
 class Asked(NamedTuple):
@@ -151,7 +161,7 @@ class Calibrations:
                 raise ValueError("it is of another format")
             families = tuple(Family(**family) for family in values["families"])
             entries = tuple(
-                Entry(entry.pop("operator"), dict(entry.pop("kind")), Calibration.from_json(entry))
+                Entry(entry.pop("operator"), dict(entry.pop("kind", {})), Calibration.from_json(entry))
                 for entry in values["entries"]
             )
             found = cls(values["sha256"], dict(values["outer"]), int(values["crop"]), families, entries)
@@ -241,6 +251,7 @@ def calibrate(
     """
     if sampler.folder is None:
         raise ValueError("calibrations belong to weights on disk: save the network first")
+    plan.check(len(photos))
     entries: list[Entry] = []
     for word, kind, members in kinds_of(families, plan.apart):
         pairs = []

@@ -269,6 +269,7 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter is one option
         list[str] | None, typer.Option(help="Field whose choices are calibrated apart; repeatable.")
     ] = None,
     assign: Annotated[list[str] | None, typer.Option("--set", help="field=value of ud2m; repeatable.")] = None,
+    worst: Annotated[float, typer.Option(help="Most that one photograph counts: share of its pixels that are missed.")] = 0.5,
     seed: Annotated[int, typer.Option(help="Of measurements and samples.")] = 0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; a GPU where there is one.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of calibration.json; beside the weights if absent.")] = None,
@@ -278,7 +279,7 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter is one option
     from fewstep.commands.calibrating import run
     from fewstep.options import assignments
 
-    plan = Plan(tuple(level or [0.9]), tuple(samples or [16]), crop, seed=seed, apart=tuple(apart or []))
+    plan = Plan(tuple(level or [0.9]), tuple(samples or [16]), crop, worst, seed, apart=tuple(apart or []))
     fields = assignments(assign or [])
     run(network, photos, plan, console, fields=fields, recipe=recipe, limit=limit, device=device, out=out)
 

@@ -15,7 +15,7 @@ from typing import Any
 from rich.progress import track
 from torch import Tensor
 
-from fewstep.bench.common import Report, Variant, describe, variants
+from fewstep.bench.common import FAILURES, Report, Variant, describe, failed, variants
 from fewstep.bench.images import row_mark
 from fewstep.bench.log import Log, fingerprint
 from fewstep.bench.priors import resolve_prior
@@ -36,8 +36,9 @@ NOTES = (
     "coverage of the central 90% intervals, per pixel and channel, a mean over photographs with its standard error; 'plain': as the "
     "samples have them, of which right ones would hold 'right' at this K; 'family': stretched by the factor that lies beside the "
     "weights of a trained sampler, one per family of operators; 'fitted': by a factor fitted to this task on other photographs.",
-    "A factor bounds the mean share of missed pixels, with a margin for how few photographs it was fitted on: "
-    "the expected coverage lies between the level and the level + 2 worst / (n + 1).",
+    "A factor bounds the mean over photographs of min(share of missed pixels, worst), with a margin for how few it was fitted on: "
+    "where no photograph is missed by more than the share `worst`, the expected coverage lies between the level and the level + "
+    "2 worst / (n + 1); photographs that are missed by more count as missed by that share.",
     "width: mean half width of the fitted intervals, in [0, 1] units; error: mean absolute error of the median.",
 )
 
@@ -59,6 +60,13 @@ class Setup:
     plan: Plan
 
     def row(self, entry: Variant, task: Task) -> dict[str, Any]:
+        """Return the coverage of a method on a task, or why there is none."""
+        try:
+            return self.measured(entry, task)
+        except FAILURES as error:
+            return {"remark": failed(error)}
+
+    def measured(self, entry: Variant, task: Task) -> dict[str, Any]:
         """Return the coverage of a method on a task."""
         (level, *_), (num, *_), family = self.plan.levels, self.plan.samples, exactly(task)
         pairs = simulated(entry.sampler, self.prior, self.fitted, [family], self.plan)
@@ -116,8 +124,11 @@ def main(  # noqa: PLR0913 - one parameter is one option
         kernels: see `named_tasks`.
     """
     plan = Plan(samples=(samples,), crop=crop, worst=worst, seed=seed, chunk=chunk)
+    if fitted < 1:
+        raise ValueError(f"photographs of calibration are needed, got fitted = {fitted}")
     before = [load_image(path) for path in list_images(calibration)[-fitted:]]
     after = [load_image(path) for path in list_images(folder)[:limit]]
+    plan.check(len(before))
     setup = Setup(resolve_prior(prior), before, after, plan)
     pixels = sum(int(x.long().sum()) for x in (*before, *after))
     mark = fingerprint(setup.prior, replace(plan, chunk=None), len(before), len(after), pixels)

@@ -28,6 +28,7 @@ from fewstep.options import assignments, typed_fields
 FORMAT = "fewstep.bench"
 WIDTH = 240  # columns of what is printed to a file
 REMARK = "remark"  # the column that stands below a table instead of in it
+OWNERS = ("method", "preset", "solver", "ablation", "choice")  # columns that name a row
 # what a sampler may raise on a problem that it is not made for, or on which it diverges
 FAILURES = (ValueError, TypeError, RuntimeError, ArithmeticError, NotImplementedError)
 
@@ -88,13 +89,16 @@ def variants(
     Args:
         methods: "name" or "name:preset", with fields of the method behind it as in "ud2m:photo:network=runs/own"; all that are
             available where absent.
-        budgets: network calls per sample.
+        budgets: network calls per sample, 1 at least.
         every_preset: whether a bare name stands for all presets or for the first alone.
         kind: "methods" or "solvers".
 
     Raises:
-        ValueError: an unknown method, preset or field, a value that is not of its type, or steps beside a budget, which sets them.
+        ValueError: an unknown method, preset or field, a value that is not of its type, a budget below 1, or steps beside a
+            budget, which sets them.
     """
+    if budgets and min(budgets) < 1:
+        raise ValueError(f"budgets must be 1 or more, got {list(budgets)}")
     for entry in available(kind) if methods is None else methods:
         name, *rest = entry.split(":")
         method, chosen = get(name, kind), ":".join(word for word in rest if "=" not in word)
@@ -196,7 +200,13 @@ def read(path: str | Path) -> dict[str, Any]:
 
 def markdown(path: str | Path) -> str:
     """Return the tables of a report as Markdown, each under its title, followed by notes and machine."""
-    report = read(path)
+    try:
+        return _markdown(read(path))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is a damaged benchmark report ({type(error).__name__}: {error})") from None
+
+
+def _markdown(report: Mapping[str, Any]) -> str:
     parts = []
     for title, rows in report["tables"].items():
         parts += [f"### {title}", _markdown_table(rows)] if rows else []
@@ -239,13 +249,16 @@ def remarks(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     owners: dict[str, list[str]] = {}
     for row in rows:
         if row.get(REMARK):
-            name = " ".join(str(row[key]) for key in ("method", "preset") if row.get(key))
+            name = " ".join(str(row[key]) for key in OWNERS if row.get(key))
             owners.setdefault(row[REMARK], []).append(name)
     return [f"{', '.join(dict.fromkeys(names))}: {text}" for text, names in owners.items()]
 
 
 def cell(value: Any) -> str:
-    """Return a value as it stands in a table: three significant digits, nothing for None."""
+    """Return a value as it stands in a table: three decimals below 10, fewer above, two digits of what is tiny or huge.
+
+    None is nothing.
+    """
     if value is None:
         return ""
     if isinstance(value, bool) or not isinstance(value, int | float):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,10 @@ class Plan:
     tuned: Sequence[int] = (5, 10)
     known: int = 128
 
+    def __post_init__(self) -> None:
+        if self.tuners and (never := sorted(set(self.tuned) - set(self.budgets))):
+            raise ValueError(f"tuned budgets {never} are not among the budgets {list(self.budgets)}")
+
 
 class Cell(NamedTuple):
     """The figures of one run, see `Ground.figures`, and where they stand."""
@@ -75,8 +80,10 @@ class Tables:
 
     def make(self) -> dict[str, list[dict[str, Any]]]:
         """Run what is not in the log and return the tables by title."""
+        chosen = [(n, name) for n in self.plan.tuned for name in self.plan.tuners]
+        for n, _ in chosen:
+            self._tunable(n)  # that there is none should not be found after hours
         title, cells = self.ground.title, list(self._untuned())
-        chosen = [(n, name) for n in self.plan.tuned if n in self.plan.budgets for name in self.plan.tuners]
         rows = [
             self._tuned(name, n, self._base(cells, n)) for n, name in track(chosen, f"{title}: tuning", transient=True)
         ]
@@ -134,19 +141,26 @@ class Tables:
 
     def _base(self, cells: Sequence[Cell], budget: int) -> str:
         """Return the solver with the least mean error among those whose times can be tuned, as published."""
-        found = {v.method: v.sampler for v in variants(self.plan.names, [budget], every_preset=False, kind="solvers")}
-        fits = {name for name, sampler in found.items() if tunable(sampler)}
+        fits = self._tunable(budget)
         own = [cell for cell in comparable(cells, budget) if cell.preset == "paper" and cell.method in fits]
         if not own:
-            raise ValueError(f"none of {', '.join(self.plan.names)} has times that can be tuned")
+            raise ValueError(f"none of {', '.join(fits)} has a mean error at {budget} calls, so none can be tuned")
         return min(own, key=mean_error).method
+
+    def _tunable(self, budget: int) -> set[str]:
+        """Return the solvers whose times can be tuned; ValueError where there is none."""
+        found = {v.method: v.sampler for v in variants(self.plan.names, [budget], every_preset=False, kind="solvers")}
+        fits = {name for name, sampler in found.items() if tunable(sampler)}
+        if not fits:
+            raise ValueError(f"none of {', '.join(self.plan.names)} has times that can be tuned: leave the tuners out")
+        return fits
 
     def _key(self, budget: int, method: str, preset: str) -> str:
         return f"{self.ground.title}|{method}|{preset}|{budget}"
 
     def _state(self, key: str) -> Path | None:
         """Return where the state of a tuning is kept, beside the log."""
-        name = key.replace("|", "-").replace(" ", "")
+        name = hashlib.sha256(f"{self.log.mark}|{key}".encode()).hexdigest()[:16]
         return None if self.log.path is None else self.log.path.with_suffix(f".{name}")
 
 

@@ -6,12 +6,13 @@ that, so a run that was interrupted goes on where it stopped; a line counts only
 
 from __future__ import annotations
 
+import hashlib
 import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.progress import track
 from torch import Tensor
@@ -31,11 +32,13 @@ from fewstep.core.problem import Posterior
 from fewstep.core.samples import Samples
 from fewstep.images import list_photos, load_image
 from fewstep.metrics import coverage, lpips, mobilenet, psnr, ssim
+from fewstep.metrics.quality import Missing, lpips_file, lpips_net
 from fewstep.operators.image import to_unit
 from fewstep.unfolded.sampler import UnfoldedSampler
 
 BASELINE = "measurement"
 CALIBRATED = "coverage calibrated"
+FAILED = "failed"
 QUALITY = (
     *("PSNR mean", "PSNR sample", "SSIM mean", "LPIPS mean", "LPIPS sample", "VGG mean", "VGG sample"),
     *("coverage", CALIBRATED),
@@ -43,6 +46,19 @@ QUALITY = (
 COUNTS = ("nfe", "vjps", "operator calls")
 MEASURES = (*QUALITY, *COUNTS, "seconds", "memory MiB")
 OPTIONAL = {"VGG mean", "VGG sample", CALIBRATED, *COLUMNS}  # columns that are left out where no row has them
+
+
+class Photo(NamedTuple):
+    """A photograph of a run: its file, its number, which the noise of its measurements depends on, and a hash of the file."""
+
+    path: Path
+    number: int
+    digest: str
+
+    @classmethod
+    def all(cls, paths: Sequence[Path]) -> list[Photo]:
+        """Return the photographs of a run in order."""
+        return [cls(path, i, hashlib.sha256(path.read_bytes()).hexdigest()[:16]) for i, path in enumerate(paths)]
 
 
 @dataclass(frozen=True)
@@ -133,16 +149,16 @@ def main(  # noqa: PLR0913 - one parameter is one option
         raise ValueError(
             f"the features are of patches of {PATCH} pixels, which do not fit the crops of {', '.join(small)}"
         )
-    paths = list_photos(folder)[:limit]
-    settings = (setup.crop, setup.samples, setup.level, setup.seed, str(setup.lpips_weights))
+    photos = Photo.all(list_photos(folder)[:limit])
+    settings = (setup.crop, setup.samples, setup.level, setup.seed, *_lpips_sources(setup))
     log = Log(None if out is None else Path(out).with_suffix(".jsonl"), fingerprint(setup.prior, *settings))
-    for path, index in track([(p, i) for i, p in enumerate(paths)], "images", transient=True):
-        run_image(path, index, chosen, entries, setup, log)
-    tables = {task.title(name): Table(task, setup, paths, log, sets).rows(entries) for name, task in chosen.items()}
+    for photo in track(photos, "images", transient=True):
+        run_image(photo, chosen, entries, setup, log)
+    tables = {task.title(name): Table(task, setup, photos, log, sets).rows(entries) for name, task in chosen.items()}
     given = {
         **{
             "folder": folder,
-            "images": len(paths),
+            "images": len(photos),
             "methods": methods,
             "tasks": list(chosen),
             "crop": crop,
@@ -167,29 +183,31 @@ def notes(setup: Setup) -> tuple[str, ...]:
     )
 
 
-def run_image(
-    path: Path, index: int, tasks: Mapping[str, Task], entries: Sequence[Variant], setup: Setup, log: Log
-) -> None:
-    """Run whatever is not yet in the log on one image."""
+def run_image(photo: Photo, tasks: Mapping[str, Task], entries: Sequence[Variant], setup: Setup, log: Log) -> None:
+    """Run whatever is not yet in the log on one image, and what failed: memory may have been short."""
     for name, task in tasks.items():
-        base, keys = row_key(path, task, None, setup), [row_key(path, task, entry, setup) for entry in entries]
-        left = [(entry, key) for entry, key in zip(entries, keys, strict=True) if not log.has(key)]
+        base, keys = row_key(photo, task, None, setup), [row_key(photo, task, entry, setup) for entry in entries]
+        left = [(entry, key) for entry, key in zip(entries, keys, strict=True) if not _finished(log, key)]
         if not left and log.has(base):
             continue
-        truth = setup.truth(path, task)
-        y = task.operator.simulate(truth, task.sigma or 0.0, seed=mix(setup.seed, index))
-        where = {"image": path.name, "task": name}
+        truth = setup.truth(photo.path, task)
+        y = task.operator.simulate(truth, task.sigma or 0.0, seed=mix(setup.seed, photo.number))
+        where = {"image": photo.path.name, "task": name}
         if not log.has(base):
             row, image = baseline_row(task, y, truth, setup)
             log.add(base, where | {"method": BASELINE} | row, image)
         for entry, key in left:
-            found, first = method_row(entry, task, y, truth, setup, mix(setup.seed, index, 1))
+            found, first = method_row(entry, task, y, truth, setup, mix(setup.seed, photo.number, 1))
             log.add(key, where | describe(entry) | found, first)
 
 
-def row_key(path: Path, task: Task, entry: Variant | None, setup: Setup) -> str:
+def _finished(log: Log, key: str) -> bool:
+    return log.has(key) and not str(log.row(key).get("remark", "")).startswith(FAILED)
+
+
+def row_key(photo: Photo, task: Task, entry: Variant | None, setup: Setup) -> str:
     """Return the name of a row in the log, of the baseline where there is no entry."""
-    where = f"{path.name}|{task}"
+    where = f"{photo.path.name}|{photo.number}|{photo.digest}|{task}"
     return f"{where}|{BASELINE}" if entry is None else row_mark(where, entry, setup.asked(task))
 
 
@@ -219,7 +237,7 @@ def method_row(
         with PeakMemory() as memory:
             samples = entry.sampler(Posterior(setup.prior, likelihood), setup.samples, seed=seed, chunk=setup.chunk)
     except FAILURES as error:
-        return {"remark": f"failed: {failed(error)}"}, None
+        return {"remark": f"{FAILED}: {failed(error)}"}, None
     row = measures(samples, truth, setup) | calibrated(judge(entry.sampler, setup.asked(task)), samples, truth)
     return row | {"memory MiB": memory.mebibytes}, to_unit(samples.x[0]).clamp(0, 1)
 
@@ -264,6 +282,18 @@ def _lpips(x: Tensor, truth: Tensor, setup: Setup) -> dict[str, tuple[float | No
         return found | {"VGG": (None, str(reason))}
 
 
+def _lpips_sources(setup: Setup) -> list[str]:
+    """Return where the weights of both networks come from, "none" where there are none: rows without LPIPS are other rows."""
+    found = []
+    for net, forgiven in (("alex", Missing), ("vgg", ValueError)):
+        try:
+            lpips_net(net, setup.lpips_weights)
+            found.append(str(lpips_file(net, setup.lpips_weights)))
+        except forgiven:
+            found.append("none")
+    return found
+
+
 @dataclass(frozen=True)
 class Table:
     """The table of one task.
@@ -271,24 +301,28 @@ class Table:
     Attributes:
         task: the task.
         setup: what all rows have in common.
-        paths: of the images.
+        photos: the images.
         log: where their rows are.
         sets: distances between sets of images; None for none.
     """
 
     task: Task
     setup: Setup
-    paths: Sequence[Path]
+    photos: Sequence[Photo]
     log: Log
     sets: SetDistances | None = None
 
     def rows(self, entries: Sequence[Variant]) -> list[dict[str, Any]]:
         """Return one row per method with the means over the images."""
-        truths = None if self.sets is None else self.sets.features([self.setup.truth(p, self.task) for p in self.paths])
+        truths = (
+            None
+            if self.sets is None
+            else self.sets.features([self.setup.truth(p.path, self.task) for p in self.photos])
+        )
         rows = []
         for entry in [None, *entries]:
             name = {"method": BASELINE, "preset": "", "steps": None} if entry is None else describe(entry)
-            keys = [row_key(path, self.task, entry, self.setup) for path in self.paths]
+            keys = [row_key(photo, self.task, entry, self.setup) for photo in self.photos]
             rows.append(name | _average([self.log.row(key) for key in keys]) | self._distances(keys, truths))
         if self.sets is not None and truths is not None:
             rows.append({"method": HALVES, "images": len(truths), **self.sets.halves(truths)})

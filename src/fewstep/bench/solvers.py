@@ -54,7 +54,7 @@ def main(  # noqa: PLR0913 - one parameter is one option
     images: int = 256,
     data: Path | None = None,
     tuners: Sequence[str] = tuple(TUNERS),
-    tuned: Sequence[int] = (5, 10),
+    tuned: Sequence[int] | None = None,
     known: int = 128,
     guided: int = 10,
     plain: int = 50,
@@ -75,7 +75,7 @@ def main(  # noqa: PLR0913 - one parameter is one option
         images: K on that.
         data: the file of digits, for the Frechet distance of the prior "digits".
         tuners: methods of `fewstep tune`, none where empty.
-        tuned: network calls at which they are run.
+        tuned: network calls at which they are run, some of the budgets; those of 5 and 10 among them where absent.
         known: paths from which DPM-Solver-v3 has its statistics; without where 0.
         guided: network calls of the guided runs; not run where 0.
         plain: network calls of DDIM's guided run that they are held against.
@@ -83,6 +83,7 @@ def main(  # noqa: PLR0913 - one parameter is one option
         seed: of the samples.
     """
     names = drivable() if solvers is None else list(solvers)
+    tuned = [n for n in (5, 10) if n in budgets] if tuned is None else tuned
     tables: dict[str, list[dict[str, Any]]] = {}
     path = None if out is None else Path(out).with_suffix(".jsonl")
     for ground in grounds(dims, num_samples, prior, images, data, seed):

@@ -18,6 +18,7 @@ def main(file: str | Path, out: str | Path | None = None) -> str:
     """
     text = markdown(file)
     if out is not None:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
         write_bytes(Path(out), text.encode())
     else:
         Console(soft_wrap=True).print(text, markup=False, highlight=False, end="")

@@ -55,8 +55,10 @@ def ssim(x: Tensor, truth: Tensor) -> tuple[float | None, str | None]:
     total, margin = 0.0, _SSIM_KERNEL - 1
     interior = x.shape[-2] - margin
     for first, rows in _strips(interior, x.shape[-1]):
-        a, b = (image[..., first : first + rows + margin, :].float() for image in (x, truth))
-        _, field = measure(a, b, data_range=1.0, return_full_image=True)
+        a, b = (image[..., first : first + rows + margin, :].double() for image in (x, truth))
+        _, field = measure(
+            a, b, data_range=1.0, return_full_image=True
+        )  # in single precision flat images differ from themselves
         inside = slice(margin // 2, -(margin // 2))
         total += rows * float(field[..., inside, inside].double().mean())
     return total / interior, None
@@ -71,6 +73,7 @@ def lpips(
         ValueError: weights that were asked for are missing or damaged, or the images do not lie in [0, 1].
     """
     _check(x, truth)
+    _check_net(net)
     if min(x.shape[-2:]) < _SMALLEST[net]:
         return None, f"LPIPS needs at least {_SMALLEST[net]} pixels per side, the image has {tuple(x.shape[-2:])}"
     try:
@@ -93,10 +96,14 @@ def lpips_net(net: str = "alex", weights: str | Path | None = None) -> nn.Module
         Missing: none of these is there, or lpips is not installed.
         ValueError: the file named is missing, damaged or of another network.
     """
-    if net not in _FILES:
-        raise ValueError(f"unknown LPIPS network {net!r}; choose one of {', '.join(_FILES)}")
+    _check_net(net)
+    return _build(net, lpips_file(net, weights))
+
+
+def lpips_file(net: str, weights: str | Path | None = None) -> Path | None:
+    """Return the file that `lpips_net` reads, None for the download of the lpips package; ValueError where it does not exist."""
     source = weights or os.environ.get(LPIPS_VARIABLE)
-    return _build(net, _weights_file(Path(source), net) if source else None)
+    return _weights_file(Path(source), net) if source else None
 
 
 def coverage(interval: tuple[Tensor, Tensor], truth: Tensor) -> float:
@@ -114,6 +121,11 @@ def _check(x: Tensor, truth: Tensor) -> None:
         low, high = float(image.min()), float(image.max())
         if not (low >= -1e-6 and high <= 1 + 1e-6):
             raise ValueError(f"the {name} must lie in [0, 1], it spans [{low:.3g}, {high:.3g}]")
+
+
+def _check_net(net: str) -> None:
+    if net not in _FILES:
+        raise ValueError(f"unknown LPIPS network {net!r}; choose one of {', '.join(_FILES)}")
 
 
 def _strips(interior: int, width: int) -> list[tuple[int, int]]:

@@ -58,12 +58,12 @@ def read_recipe(path: str | Path) -> Any:
     file = FOLDER / f"{path}.yaml" if (FOLDER / f"{path}.yaml").is_file() else Path(path)
     try:
         values = yaml.load(file.read_text(encoding="utf-8"), _loader())
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"{file} cannot be read as a recipe ({error})") from None
     if not isinstance(values, Mapping):
         raise ValueError(f"{file} must be a mapping of names to values")
     given = dict(values)
-    kind = given.pop("kind", "prior")
+    kind = str(given.pop("kind", "prior"))
     if kind not in KINDS:
         raise ValueError(f"{file}: unknown kind {kind!r}; choose one of {', '.join(KINDS)}")
     return build(KINDS[kind](), given, str(file))

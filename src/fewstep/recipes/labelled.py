@@ -5,11 +5,13 @@ Both are trained on one .npz file with `images`, (N, H, W) uint8, and `labels`, 
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -48,7 +50,7 @@ class Labelled:
         try:
             with np.load(path, allow_pickle=False) as file:
                 images, labels = torch.from_numpy(file["images"]), torch.from_numpy(file["labels"]).long()
-        except (OSError, ValueError, KeyError, AttributeError, EOFError, TypeError) as error:
+        except (OSError, ValueError, KeyError, AttributeError, EOFError, TypeError, BadZipFile, zlib.error) as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"{path} is no .npz file with arrays `images` and `labels` ({reason})") from None
         if images.ndim != 3 or images.dtype != torch.uint8 or labels.shape != images.shape[:1]:

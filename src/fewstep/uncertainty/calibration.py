@@ -16,6 +16,7 @@ probability over the calibration set instead of on average, and need more images
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Self
@@ -67,21 +68,21 @@ class Calibration:
         Measurements must be of different images: two of the same one are not exchangeable with those of a new image.
 
         Raises:
-            ValueError: too few images for the level (n >= worst / (1 - level) - 1), different K, shapes that differ, truths
+            ValueError: too few images for the level, see `least_images`, different K, shapes that differ, samples or truths
                 that are not finite, or settings out of range.
         """
-        if not (0 < level < 1 and 1 - level < worst <= 1 and floor > 0):
-            raise ValueError(f"need 1 - level < worst <= 1 and a positive floor, got {level=}, {worst=}, {floor=}")
+        if not floor > 0:
+            raise ValueError(f"needs a positive floor, got {floor}")
+        least = least_images(level, worst)
         scores: list[Tensor] = []
         counts: set[int] = set()
         blank = cls(level, 1.0, 0, 0, patch, floor, worst)
         for samples, truth in pairs:
             counts.add(samples.num_samples)
             scores += [image.flatten().sort().values for image in blank._scores(samples, truth)]
-        if worst > (1 - level) * (len(scores) + 1) * (1 + 1e-9):
-            least = worst / (1 - level) - 1
+        if len(scores) < least:
             raise ValueError(
-                f"{level:.0%} intervals need {least:.4g} images at least to calibrate on, got {len(scores)}"
+                f"{100 * level:.4g}% intervals need {least} images at least to calibrate on, got {len(scores)}"
             )
         if len(counts) != 1:
             raise ValueError(f"all images need the same number of samples, got {sorted(counts)}")
@@ -109,6 +110,8 @@ class Calibration:
         names = {field.name for field in fields(cls)}
         if values.get("format") != FORMAT or values.keys() != names | {"format"}:
             raise ValueError(f"not a calibration: {', '.join(sorted(values)) or 'empty'}")
+        if bad := [name for name in names if not is_finite(values[name])]:
+            raise ValueError(f"not a calibration: {', '.join(sorted(bad))} must be finite numbers")
         return cls(**{name: values[name] for name in names})
 
     def _interval(self, samples: Samples) -> tuple[Tensor, Tensor, Tensor]:
@@ -121,9 +124,27 @@ class Calibration:
         """Return the smallest factor that covers each coordinate of the truth, (B, *event)."""
         if truth.shape != samples.x.shape[1:] or not bool(torch.isfinite(truth).all()):
             raise ValueError(f"expected finite truths {tuple(samples.x.shape[1:])}, got {tuple(truth.shape)}")
+        if not bool(torch.isfinite(samples.x).all()):
+            raise ValueError("samples that are not finite cannot be calibrated")
         centre, below, above = self._interval(samples)
         gap = patch_means(truth, self.patch) - centre
         return torch.maximum(gap / above, -gap / below)
+
+
+def least_images(level: float, worst: float = 1.0) -> int:
+    """Return how many images intervals of a level need at least: n >= worst / (1 - level) - 1.
+
+    Raises:
+        ValueError: the level is not between 0 and 1, or not 1 - level < worst <= 1.
+    """
+    if not (0 < level < 1 and 1 - level < worst <= 1):
+        raise ValueError(f"need 0 < level < 1 and 1 - level < worst <= 1, got {level=}, {worst=}")
+    return math.ceil(worst / (1 - level) - 1 - 1e-6)
+
+
+def is_finite(value: Any) -> bool:
+    """Return whether a value is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def patch_means(x: Tensor, patch: int) -> Tensor:

@@ -1,7 +1,7 @@
 r"""Is a sampler calibrated? Checks on B problems whose truths were drawn from the prior and measured, K samples for each.
 
-If the samples are draws of p(x | y), truth and samples are exchangeable given y, so for any statistic f(x, y) the rank of f(truth)
-among f(samples) is uniform on 0..K. What a check can see depends on f:
+If the samples are draws of p(x | y), truth and samples are exchangeable given y, so for any statistic f(x, y) without ties the rank
+of f(truth) among f(samples) is uniform on 0..K; of discrete x it is not. What a check can see depends on f:
 
 * coordinates (simulation-based calibration, Talts et al. 2018, arXiv:1804.06788) see wrong means and spreads, but not a sampler that
   ignores y and draws from the prior: its ranks are uniform too;

@@ -197,14 +197,9 @@ class ScaledMap(FlowMap):
         for g in gate:
             shift = shift * (self.GATE * torch.tanh(g / self.GATE)).exp()
         v = (self.LIMIT * torch.tanh(2 * width / self.LIMIT)).exp()
-        before, after = (self._variance(v, u) for u in (t, s))
-        k = (after / before).sqrt()
-        return y * k + like(passed(self.schedule, t, s), y) * shift, k
-
-    def _variance(self, v: Tensor, t: Tensor) -> Tensor:
-        """Return that of N(0, v) noised to time `t`, (N, d)."""
-        alpha, sigma = (like(c, v) for c in self.schedule(t))
-        return alpha**2 * v + sigma**2
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = ([like(c, v) for c in self.schedule(u)] for u in (t, s))
+        k = ((alpha_s**2 * v + sigma_s**2) / (alpha_t**2 * v + sigma_t**2)).sqrt()
+        return y * k + (sigma_t * alpha_s - alpha_t * sigma_s) * shift, k
 
 
 class EDMMap(FlowMap):

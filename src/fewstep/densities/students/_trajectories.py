@@ -112,7 +112,8 @@ class Trajectories:
 
     def batch(self, step: int, items: Iterable[int]) -> dict[str, Tensor]:
         """See `Batches`; y_t and y_s, (N, d), t and s, (N,), and of neighbours beside_t and beside_s, (N, d)."""
-        points, levels, chosen = self._points(step // self.refresh), self.levels.float(), torch.tensor(list(items))
+        points, levels = self._points(step // self.refresh), self.levels.float()
+        chosen = torch.from_numpy(np.fromiter(items, np.int64))
         generator = np.random.default_rng(mix(self.seed, 1, step))
         row = torch.from_numpy(generator.integers(self.rows, size=self.batch_size))[chosen]
         draws = torch.from_numpy(generator.random((3, self.batch_size)))[:, chosen]

@@ -77,15 +77,17 @@ class FlowRegression(Objective):
         error, *beside = (found - ends).split(len(t))
         slopes = slopes[: len(t)].detach().clamp_min(_NARROWEST)
         loss = pseudo_huber(error / like(passed(flow_map.schedule, t, s), error), self.huber)
-        loss = loss + self.relative * pseudo_huber(error / slopes, _FAR)
+        if self.relative:
+            loss = loss + self.relative * pseudo_huber(error / slopes, _FAR)
         figures = {"error": float(error.detach().norm(dim=1).mean())}
         if beside:
             width = (batch["beside_s"] - batch["y_s"]).norm(dim=1, keepdim=True)
             relative = (beside[0] - error) / (width + 1e-5)
             loss = loss + self.slope * pseudo_huber(relative, 0.1)
+            figures["slope"] = float(relative.detach().norm(dim=1).median())
+        if beside and self.relative:
             apart = (batch["beside_t"] - batch["y_t"]).square().mean(1, keepdim=True).sqrt()
             loss = loss + self.relative * pseudo_huber((beside[0] - error) / (slopes * apart + 1e-6), _FAR)
-            figures["slope"] = float(relative.detach().norm(dim=1).median())
         return loss, figures
 
 
