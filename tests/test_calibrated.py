@@ -65,7 +65,7 @@ class Narrow(UnfoldedSampler):
     limit: ClassVar = "nothing"
 
     def unfolded(self):
-        raise NotImplementedError
+        return open_network(self.place)
 
     @property
     def nfe(self):
@@ -168,6 +168,35 @@ def test_choices_told_apart_have_factors_of_their_own(sampler):
 def test_only_choices_can_be_told_apart(sampler, name, said):
     with pytest.raises(ValueError, match=said):
         calibrate(sampler, PixelPrior(), photos(24, seed=1), FAMILIES, replace(PLAN, apart=(name,)))
+
+
+def test_shipped_samplers_are_not_calibrated_in_place():
+    with pytest.raises(ValueError, match="is shipped: give --out"):
+        calibrating.run(
+            "natural-general",
+            Path("nowhere"),
+            PLAN,
+            Console(),
+            fields={},
+            recipe=None,
+            limit=None,
+            device="cpu",
+            out=None,
+        )
+
+
+def test_calibrations_join_those_of_the_same_sampler_only(found):
+    again = replace(found, entries=tuple(replace_level(e, 0.5) for e in found.entries))
+    assert again.joined(found).entries == (*found.entries, *again.entries)
+    told_apart = replace(found, entries=tuple(e._replace(kind={"rate": 0.5}) for e in found.entries))
+    assert told_apart.joined(found) == told_apart  # instead of those of whole families
+    for change in ({"crop": 99}, {"outer": {}}, {"sha256": "0"}, {"families": FAMILIES[:1]}):
+        with pytest.raises(ValueError, match=f"another {next(iter(change))}"):
+            found.joined(replace(found, **change))
+
+
+def replace_level(entry, level):
+    return entry._replace(calibration=replace(entry.calibration, level=level))
 
 
 def test_a_file_without_kinds_is_of_whole_families(found, sampler):
@@ -305,8 +334,11 @@ def test_a_family_holds_what_it_draws():
     for family in families_of("natural-general"):
         for _ in range(20):
             assert family.outside(*family.draw(rng)) == ()
-    with pytest.raises(ValueError, match="no families"):
+    with pytest.raises(ValueError, match="natural has no families"):
         families_of("natural")
+    assert families_of({"families": [{"word": "denoise", "sigma": 0.1}]}) == (Family("denoise", sigma=0.1),)
+    with pytest.raises(ValueError, match="header has no families"):
+        families_of(None)
 
 
 @pytest.mark.parametrize("quality", [7, 30, 95])
@@ -371,14 +403,14 @@ def test_the_table_reports_calibrated_coverage_and_knows_the_weights(found, samp
 def test_the_command_writes_the_file_beside_the_weights(tmp_path, sampler, monkeypatch):
     from typer.testing import CliRunner
 
-    import fewstep.commands.calibrating as command
     from fewstep.cli import app
 
     folder = tmp_path / "photos"
     folder.mkdir()
     for i, photo in enumerate(photos(6, 4)):
         Image.fromarray(photo.permute(1, 2, 0).numpy()).save(folder / f"{i}.png")
-    monkeypatch.setattr(command, "families_of", lambda recipe: FAMILIES[:1])
+    recipe = {"families": [{"word": "denoise", "sigma": {"low": 0.05, "high": 0.2}}]}
+    save_network(open_network(str(sampler.folder)), sampler.folder, {"prior": "natural", "recipe": recipe})
     words = ["calibrate", str(sampler.folder), str(folder), "--level", "0.8", "--samples", "2", "--samples", "3"]
     result = CliRunner().invoke(app, [*words, "--limit", "5", "--crop", "16", "--set", "steps=1", "--device", "cpu"])
     assert result.exit_code == 0, result.output
@@ -386,3 +418,13 @@ def test_the_command_writes_the_file_beside_the_weights(tmp_path, sampler, monke
     fitted = [e.calibration for e in found.entries]
     assert [(c.num_samples, c.images, c.level) for c in fitted] == [(2, 5, 0.8), (3, 5, 0.8)]
     assert found.outer["steps"] == 1 and json.loads((sampler.folder / FILE).read_text())["crop"] == 16
+    assert {e.word for e in found.entries} == {"denoise"}  # of the sampler's own recipe
+    rest = ["--limit", "4", "--crop", "16", "--set", "steps=1", "--device", "cpu"]
+    words = ["calibrate", str(sampler.folder), str(folder), "--samples", "2", "--out", str(tmp_path / "copy")]
+    for level in ("0.9", "0.85"):  # the second joins the first, in a folder that is a whole sampler
+        assert CliRunner().invoke(app, [*words, "--level", level, *rest]).exit_code == 0
+    joined = Calibrations.load(tmp_path / "copy")
+    assert [e.calibration.level for e in joined.entries] == [0.9, 0.85]
+    assert open_network(str(tmp_path / "copy"))
+    result = CliRunner().invoke(app, [*words, *rest[:2], "--crop", "32", *rest[4:]])
+    assert "another crop" in str(result.exception) and "delete calibration.json" in str(result.exception)

@@ -193,6 +193,31 @@ def test_what_is_refused(prior, tmp_path):
         load_network(tmp_path / "adapter", prior)
 
 
+def test_what_is_loaded_and_saved_again_keeps_its_card_and_calibrations(prior, tmp_path):
+    facts = {"prior": "natural", "data": "40 photographs", "licence": "MIT", "command": "fewstep train"}
+    save_network(network(prior, lora=None, trained=0.05), tmp_path / "net", facts)
+    (tmp_path / "net/calibration.json").write_text("{}")
+    sampler = fewstep.load_sampler(tmp_path / "net", 2)
+    fewstep.save_sampler(sampler, tmp_path / "again", licence="CC0")
+    before, after = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("net", "again"))
+    assert after == {**before, "licence": "CC0"} and (tmp_path / "again/calibration.json").read_text() == "{}"
+    with torch.no_grad():
+        next(sampler.network.parameters()).add_(1.0)
+    fewstep.save_sampler(sampler, tmp_path / "other")  # other weights: nothing that was known holds of them
+    header = json.loads((tmp_path / "other/config.json").read_text())
+    assert "data" not in header and not (tmp_path / "other/calibration.json").exists()
+    assert str(tmp_path / "net") in repr(sampler) and "Conv2d" not in repr(sampler)
+    with pytest.raises(TypeError, match="DiffPIR has no network"):
+        fewstep.save_sampler(fewstep.get("diffpir")(), tmp_path / "none")
+
+
+def test_images_of_other_channels_are_refused(prior, problem):
+    net = network(prior, lora=None, trained=0.05)
+    grey = get_operator("denoise")().likelihood(torch.rand(1, 1, 16, 16), None, 0.05)
+    with pytest.raises(ValueError, match="trained on images of 3 channels, not of 1"):
+        Unfolded(net, steps=1).check(fewstep.Posterior(prior, grey))
+
+
 def test_samplers_come_from_the_hub_by_id_only(prior, problem, tmp_path, monkeypatch):
     hub = pytest.importorskip("huggingface_hub")
     net = network(prior, lora=None, trained=0.05)

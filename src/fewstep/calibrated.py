@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -26,8 +26,9 @@ from fewstep.measurements import Family, SimulatedMeasurements
 from fewstep.operators.base import Operator
 from fewstep.uncertainty.calibration import Calibration, least_images
 from fewstep.unfolded.sampler import UnfoldedSampler
+from fewstep.unfolded.store import CALIBRATION as FILE
 
-FILE, FORMAT = "calibration.json", "fewstep.calibrations"
+FORMAT = "fewstep.calibrations"
 OUTER = ("steps", "eta", "kernel", "grid")  # what a trained sampler's law depends on beside its weights
 
 Progress = Callable[[str, int, int], None]  # (word of the operator, photographs done, photographs in all)
@@ -92,6 +93,11 @@ class Entry(NamedTuple):
     def holds(self, operator: Operator) -> bool:
         """Return whether the operator is of this kind."""
         return operator.word == self.word and all(getattr(operator, k) == v for k, v in self.kind.items())
+
+    @property
+    def asked(self) -> tuple[str, float, int]:
+        """What it is looked up by, but for the kind: word of the operator, level and number of samples."""
+        return self.word, self.calibration.level, self.calibration.num_samples
 
     @property
     def name(self) -> str:
@@ -172,6 +178,20 @@ class Calibrations:
         if found.sha256 != read_header(folder).get("sha256"):
             raise ValueError(f"{path} belongs to other weights than those beside it; calibrate these")
         return found
+
+    def joined(self, earlier: Calibrations) -> Self:
+        """Return these with what `earlier` has of the same sampler for other operators, levels and numbers of samples.
+
+        Raises:
+            ValueError: the earlier ones are of other weights, outer steps, photographs of another size or other families.
+        """
+        differ = [
+            f.name for f in fields(self) if f.name != "entries" and getattr(self, f.name) != getattr(earlier, f.name)
+        ]
+        if differ:
+            raise ValueError(f"there are calibrations of another {' and '.join(differ)}")
+        mine = {e.asked for e in self.entries}  # without kinds: they may be told apart in another way now
+        return replace(self, entries=(*(e for e in earlier.entries if e.asked not in mine), *self.entries))
 
     def outside(self, operator: Operator, sigma: float | None) -> tuple[str, ...]:
         """Return in what an operator differs from the nearest family; empty where one holds it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import os
 import signal
@@ -264,7 +265,7 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter is one option
     samples: Annotated[list[int] | None, typer.Option(help="Samples per photograph, 16; repeatable.")] = None,
     limit: Annotated[int | None, typer.Option(help="The last photographs in sorted order, so many of them.")] = None,
     crop: Annotated[int, typer.Option(help="Side of the square in the middle of each, pixels.")] = 128,
-    recipe: Annotated[str, typer.Option(help="Whose operators to calibrate for.")] = "natural-general",
+    recipe: Annotated[str | None, typer.Option(help="Whose operators to calibrate for; the sampler's if absent.")] = None,
     apart: Annotated[
         list[str] | None, typer.Option(help="Field whose choices are calibrated apart; repeatable.")
     ] = None,
@@ -272,7 +273,7 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter is one option
     worst: Annotated[float, typer.Option(help="Most that one photograph counts: share of its pixels that are missed.")] = 0.5,
     seed: Annotated[int, typer.Option(help="Of measurements and samples.")] = 0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; a GPU where there is one.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of calibration.json; beside the weights if absent.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for a copy of the sampler with calibration.json.")] = None,
 ) -> None:
     """Calibrate the intervals of a trained sampler, per family of operators; `restore` uses what lies beside the weights."""
     from fewstep.calibrated import Plan
@@ -324,6 +325,8 @@ def table(
 def main() -> NoReturn:
     """Run the command; bad input is one red line on stderr and exit code 2 (FEWSTEP_DEBUG=1 shows the traceback)."""
     signal.signal(signal.SIGTERM, _terminate)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # the names of files may be no valid text; stderr is so by itself
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         _check_words(sys.argv[1:])
         app()

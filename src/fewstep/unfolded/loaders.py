@@ -5,13 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from fewstep.core.files import read_header, write_bytes
+from fewstep.options import known_fields
 from fewstep.priors.unet import UNetDenoiser
 from fewstep.unfolded.sampler import Unfolded
-from fewstep.unfolded.store import find_network, load_network, save_network
+from fewstep.unfolded.store import CALIBRATION, FACTS, find_network, load_network, save_network
 
 
 def load_sampler(source: str | Path, steps: int = 3, *, prior: UNetDenoiser | None = None, **options: Any) -> Unfolded:
     """Return a trained sampler; `steps` times the network's K are the network calls of one sample.
+
+    It has a denoiser of its own: of the prior of a problem only the schedule is used, the weights are not.
 
     Args:
         source: name of a shipped one, a folder that the training or `save_sampler` wrote (a whole network or an adapter), or the id
@@ -23,9 +27,10 @@ def load_sampler(source: str | Path, steps: int = 3, *, prior: UNetDenoiser | No
     Raises:
         ValueError: nothing is found under `source`, it is damaged or belongs to another prior, or an option is unknown.
     """
-    network = load_network(find_network(str(source)), prior)
+    folder = find_network(str(source))
+    network = load_network(folder, prior)
     try:
-        return Unfolded(network, steps, **options)
+        return Unfolded(network, steps, **known_fields(Unfolded, options), folder=folder)
     except TypeError as error:
         raise ValueError(f"{source}: {error}") from None
 
@@ -33,9 +38,21 @@ def load_sampler(source: str | Path, steps: int = 3, *, prior: UNetDenoiser | No
 def save_sampler(sampler: Unfolded, folder: str | Path, **facts: Any) -> None:
     """Write the network of `sampler` to `folder` with a header and a model card, which `load_sampler` reads.
 
+    Weights that were loaded and not changed keep what their header says of them, and their calibrations.
+
     Args:
         sampler: trained or not; its steps are not kept.
         folder: where to.
         **facts: for header and card, each optional: prior, recipe, data, command, licence.
+
+    Raises:
+        TypeError: the sampler has no network.
     """
+    if not isinstance(sampler, Unfolded):
+        raise TypeError(f"{type(sampler).__name__} has no network to save; its settings are all there is")
     save_network(sampler.network, folder, facts)
+    source = {} if sampler.folder is None else read_header(sampler.folder)
+    if sampler.folder is not None and source.get("sha256") == read_header(folder)["sha256"]:
+        save_network(sampler.network, folder, {name: source[name] for name in FACTS if name in source} | facts)
+        if (calibrations := sampler.folder / CALIBRATION).is_file():
+            write_bytes(Path(folder) / CALIBRATION, calibrations.read_bytes())

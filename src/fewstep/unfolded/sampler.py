@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
@@ -15,6 +15,7 @@ from fewstep.core.problem import Posterior
 from fewstep.core.reference import Reference
 from fewstep.core.sampler import GuidedSampler, State
 from fewstep.core.schedule import Schedule
+from fewstep.unfolded.decoders import AdaptedDecoder
 from fewstep.unfolded.network import UnfoldedNetwork
 
 UD2M_REFERENCE = Reference(
@@ -31,9 +32,11 @@ class UnfoldedSampler(GuidedSampler):
 
     Attributes:
         kernel: name of the step from t to s, one of `KERNELS`.
+        folder: where the trained network lies; None for one in memory or untrained.
     """
 
     kernel: str
+    folder: Path | None
 
     needs: ClassVar = frozenset({"prox"})
     prediction: ClassVar = "draw"
@@ -44,14 +47,16 @@ class UnfoldedSampler(GuidedSampler):
         """Return the network."""
 
     @property
-    @abstractmethod
-    def folder(self) -> Path | None:
-        """Where the trained network lies; None for one in memory or untrained."""
-
-    @property
     def nfe(self) -> int:
         """See `Sampler`; K calls per outer step, and those of the start."""
         return self.steps * self.unfolded().calls
+
+    def refusal(self, problem: Posterior) -> str:
+        """See `Sampler`; a trained network has a denoiser of its own, which has to fit the images."""
+        decoder, channels = self.unfolded().decoder, problem.likelihood.event_shape[0]
+        if isinstance(decoder, AdaptedDecoder) and decoder.denoiser.event_shape[0] != channels:
+            return f"the network was trained on images of {decoder.denoiser.event_shape[0]} channels, not of {channels}"
+        return super().refusal(problem)
 
     def predict_x0(self, problem: Posterior, x_t: Tensor, t: Tensor, noise: Noise) -> Tensor:
         """See `GuidedSampler`."""
@@ -81,13 +86,15 @@ class Unfolded(UnfoldedSampler):
         eta: share of fresh noise; 1 is ancestral, which an exact draw of p(x_0 | y, x_t) asks for.
         kernel: "bridge", or "one_step" as in the paper's code.
         grid: spacing of the times.
+        folder: where the weights were read from, and where calibrations of them lie; None where they were not.
     """
 
-    network: UnfoldedNetwork
+    network: UnfoldedNetwork = field(repr=False)
     steps: int = 3
     eta: float = 1.0
     kernel: str = "bridge"
     grid: str = "quadratic"
+    folder: Path | None = None
 
     exact: ClassVar = "biased"
     limit: ClassVar = "what the network was trained to; exact at any number of steps if it draws from p(x_0 | y, x_t)"
@@ -95,8 +102,3 @@ class Unfolded(UnfoldedSampler):
     def unfolded(self) -> UnfoldedNetwork:
         """See `UnfoldedSampler`."""
         return self.network
-
-    @property
-    def folder(self) -> None:
-        """See `UnfoldedSampler`."""
-        return None

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.core import files
 from fewstep.core.files import fingerprint, read_header, read_weights, write_bytes, write_weights
 from fewstep.priors.loaders import WEIGHTS, fetch, is_hub_id, load_prior, shipped
 from fewstep.priors.unet import UNetConfig, UNetDenoiser, build_schedule
@@ -26,13 +27,15 @@ from fewstep.unfolded.network import UnfoldedConfig, UnfoldedNetwork
 
 FORMAT, ADAPTER = "fewstep-unfolded", "fewstep-adapter"
 DECODERS: dict[str, type[AdaptedDecoder]] = {kind.__name__: kind for kind in (AdaptedDecoder, ContextDecoder)}
+FACTS = ("prior", "recipe", "data", "command", "licence", "what_was_run")  # what a header says of a training
+CALIBRATION = "calibration.json"  # beside the weights that it is of, see `fewstep.calibrated`
 DENOISER = "decoder.denoiser."  # where the denoiser stands among the names of a network
 
 
 def save_network(network: UnfoldedNetwork, folder: str | Path, facts: Mapping[str, Any] | None = None) -> None:
     """Write a trained network to `folder`, each file atomically; LoRA's additions are merged into the denoiser.
 
-    `facts` go into the header, and from there into the card: prior, recipe, data, command, licence, calibration.
+    `facts` go into the header, and from there into the card: `FACTS`.
 
     Raises:
         ValueError: its decoder holds no UNet of this library.
@@ -56,6 +59,14 @@ def save_adapter(
     tensors = {**_own(network), **{DENOISER + name: value for name, value in decoder.adapter().items()}}
     header = {"format": ADAPTER, **_header(network), "lora": asdict(decoder.lora), "prior_sha256": prior_hash(prior)}
     _write(folder, tensors, header, facts)
+
+
+def copy_network(source: Path, folder: Path) -> None:
+    """Copy a trained network with its header, card and calibrations, each file atomically."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (files.WEIGHTS, files.HEADER, "README.md", CALIBRATION):
+        if (source / name).is_file():
+            write_bytes(folder / name, (source / name).read_bytes())
 
 
 def load_network(folder: str | Path, prior: UNetDenoiser | None = None) -> UnfoldedNetwork:
@@ -170,6 +181,8 @@ def find_network(name: str) -> Path:
     if name in available_networks():
         return WEIGHTS / name
     if Path(name).is_dir():
+        if (inner := Path(name, "sampler") / files.HEADER).is_file() and not Path(name, files.HEADER).is_file():
+            raise ValueError(f"{name} is the folder of a training; the trained sampler is in {inner.parent}")
         return Path(name)
     if is_hub_id(name):
         return _fetched(name)
