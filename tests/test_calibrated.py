@@ -21,6 +21,7 @@ from fewstep.bench.tasks import Task
 from fewstep.calibrated import FILE, Asked, Calibrations, Plan, calibrate, judge, simulated
 from fewstep.commands import calibrating
 from fewstep.commands.calibrating import families_of
+from fewstep.commands.restoring import _notes
 from fewstep.core.sampler import State
 from fewstep.measurements import Family
 from fewstep.methods.ud2m import UD2M
@@ -367,6 +368,7 @@ def test_restore_uses_what_lies_beside_the_weights(found, sampler, tmp_path, mon
     loud = run(path, tmp_path / "c", sampler, monkeypatch, sigma=0.5).record
     assert loud["calibrated"] and loud["outside_card"] == ["sigma 0.5 (0.05 to 0.2)"]
     assert "outside the card" in (tmp_path / "c" / "report.html").read_text()
+    assert _notes(loud)[-1].startswith("intervals: calibrated on 24") and len(_notes(after.record)) == 1
     few = run(path, tmp_path / "d", sampler, monkeypatch, samples=4).record
     assert not few["calibrated"] and "8 samples" in few["intervals"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -50,6 +51,7 @@ def test_restore(fewstep, tmp_path):
     code, out, _ = fewstep("restore", write_png(tmp_path), *FEW, "--simulate", "--out", tmp_path / "out")
     record = json.loads((tmp_path / "out" / "result.json").read_text())
     assert code == 0 and "2 samples, 3 network calls each" in out and "psnr_mean" in out
+    assert "latino on " in out
     assert record["num_samples"] == 2 and record["nfe"] == 3 and record["method"]["name"] == "latino"
 
 
@@ -167,6 +169,33 @@ def test_simulate_then_restore(fewstep, tmp_path):
     assert y.shape == (1, 3, 24, 32) and not torch.equal(y, (y * 255).round() / 255)
     few = ["--samples", "1", "--steps", "2", "--out", tmp_path / "out"]
     assert fewstep("restore", tmp_path / "sim" / "measurement.safetensors", *words, *few)[0] == 0
+
+
+def test_simulate_keeps_its_input_and_the_files_of_others(fewstep, tmp_path):
+    words = ["--operator", "denoise", "--sigma", "0.1", "--out", tmp_path]
+    for name, other in (("measurement.png", "truth.png"), ("photo.png", "truth.png")):
+        paths = [write_png(tmp_path, name), write_png(tmp_path, other, seed=1)]
+        before = [path.read_bytes() for path in paths]
+        code, _, err = fewstep("simulate", paths[0], *words)
+        assert code == 2 and ("would be replaced" in err or "which no simulation wrote" in err), err
+        assert [path.read_bytes() for path in paths] == before and len(list(tmp_path.iterdir())) == 2
+        paths[0].unlink()
+    path = write_png(tmp_path)
+    again = [*words[:-1], tmp_path / "sim"]
+    assert fewstep("simulate", path, *again)[0] == fewstep("simulate", path, *again)[0] == 0
+    code, _, err = fewstep("simulate", tmp_path / "sim" / "truth.png", *again)
+    assert code == 2 and "would be replaced" in err
+
+
+def test_names_that_are_no_valid_text(fewstep, tmp_path):
+    path = write_png(tmp_path, os.fsdecode(b"l\xe9t.png"))
+    folder = tmp_path / os.fsdecode(b"\xe9")
+    code, out, err = fewstep("restore", path, *FEW, "--out", folder)
+    assert (code, err) == (0, "") and "\\udce9: 2 samples" in out
+    assert not json.loads((folder / "result.json").read_text())["interrupted"]
+    assert "l?t.png, restored" in (folder / "report.html").read_text(encoding="utf-8")
+    code, out, _ = fewstep("simulate", path, *FEW[2:6], "--out", tmp_path / os.fsdecode(b"s\xe9"))
+    assert code == 0 and "written to" in out
 
 
 def test_a_simulated_jpeg_is_a_file_that_is_restored(fewstep, tmp_path):
@@ -296,3 +325,37 @@ def test_every_benchmark_is_a_command():
     modules = {path.stem for path in folder.glob("*.py") if "\ndef main(" in path.read_text(encoding="utf-8")}
     commands = {command.name or command.callback.__name__ for command in cli.bench.registered_commands}
     assert {"calibration", "images"} <= modules <= commands
+
+
+def test_help_of_a_benchmark_lists_its_options(fewstep, monkeypatch):
+    def main(folder: Path, limit: int | None = None, methods: tuple[str, ...] = ("dps", "ddrm")) -> None:
+        """Measure.
+
+        Args:
+            folder: of photographs.
+            limit: the most images.
+            methods: names of them.
+        """
+
+    monkeypatch.setattr("fewstep.bench.gaussian.main", main)
+    code, out, _ = fewstep("bench", "gaussian", "--help")
+    assert code == 0
+    for option in (
+        r"--folder +PATH +of photographs\. \[required\]",
+        r"--limit +INT +the most images\.",
+        r"--methods +TEXT,\.\.\. +names of them\. \[default: dps,ddrm\]",
+    ):
+        assert re.search(option, out), out
+
+
+def test_training_says_what_it_wrote(fewstep, tmp_path, monkeypatch):
+    pytest.importorskip("accelerate")
+    monkeypatch.setattr("fewstep.recipes.train", lambda recipe, data, out, *rest: (out / "sampler").mkdir(parents=True))
+    monkeypatch.setattr(
+        "fewstep.recipes.train_prior", lambda recipe, data, out, *rest: (out / "prior").mkdir(parents=True)
+    )
+    folder = tmp_path / "s" / "sampler"
+    code, out, _ = fewstep("train", "r.yaml", tmp_path, "--out", tmp_path / "s")
+    assert code == 0 and out == f"written to {folder}; use it with --method ud2m --set network={folder}\n"
+    out = fewstep("train-prior", tmp_path, "--out", tmp_path / "p")[1]
+    assert out == f"written to {tmp_path / 'p' / 'prior'}; use it with --prior {tmp_path / 'p' / 'prior'}\n"

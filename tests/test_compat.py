@@ -40,3 +40,10 @@ def test_schemas_are_those_torchvision_expects():
     for name in ("nms", "qnms"):
         schema = str(getattr(torch.ops.torchvision, name).default._schema)
         assert "Tensor dets, Tensor scores, float iou_threshold" in schema
+
+
+def test_doctor_says_what_users_of_deepinv_call_first(monkeypatch):
+    from fewstep.commands import health
+
+    monkeypatch.setattr(health, "prepare_torchvision", lambda: True)
+    assert "fewstep.compat.prepare_torchvision() before" in (health._torchvision() or "")

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,10 +11,12 @@ from fewstep.core.batch import like
 from fewstep.core.denoiser import PARAMETRISATIONS, Rescheduled
 from fewstep.core.grid import GRIDS
 from fewstep.core.kernel import ddim_std, renoise
-from fewstep.core.likelihood import Counts
+from fewstep.core.likelihood import Counts, FlatLikelihood
 from fewstep.core.linalg import cg
 from fewstep.core.noise import Noise, Streams
+from fewstep.core.problem import Posterior
 from fewstep.core.samples import Samples
+from fewstep.core.schedule import Brownian
 from fewstep.testing.problems import mixture_problem
 
 DOUBLE = torch.float64
@@ -50,6 +53,30 @@ def test_rescheduling_gives_the_same_prior():
     z = x + like(ratio, x) * torch.randn(x.shape, dtype=DOUBLE, generator=torch.Generator().manual_seed(2))
     want = prior(like(prior.schedule(inner)[0], z) * z, inner)
     assert torch.allclose(exploding(z, t), want, atol=1e-10)
+
+
+class Watched(fewstep.GaussianPrior):
+    """Keeps the times that it was called at."""
+
+    def forward(self, x_t, t, **cond):
+        self.seen = [*getattr(self, "seen", []), float(t.max())]
+        return super().forward(x_t, t, **cond)
+
+
+@pytest.mark.parametrize("schedule", [fewstep.Flow(), fewstep.Flow(0.9), Brownian()])
+def test_rescheduling_stays_in_the_times_of_the_prior(schedule):
+    mean, cov = torch.tensor([0.5, -1.0], dtype=DOUBLE), torch.tensor([0.5, 1.0], dtype=DOUBLE)
+    prior, exact = Watched(mean, cov, fewstep.Tabulated.linear()), fewstep.GaussianPrior(mean, cov, schedule)
+    known = Rescheduled(prior, schedule)
+    alpha, sigma = schedule(t := torch.tensor([1.0, 0.999, 0.5], dtype=DOUBLE))
+    z = torch.randn(3, 2, dtype=DOUBLE, generator=torch.Generator().manual_seed(3))
+    x_t = alpha[:, None] * mean + sigma[:, None] * z
+    off = (known(x_t, t) - exact(x_t, t)).abs().amax(1)
+    largest = float(prior.schedule.ratio(torch.ones((), dtype=DOUBLE)))
+    assert float(off[0]) < 2 * float(z.abs().max()) / largest and float(off[-1]) < 1e-9
+    problem = fewstep.Posterior(known, FlatLikelihood((2,), dtype=DOUBLE))
+    assert bool(fewstep.get("ddim", "solvers")(steps=4)(problem, 3).x.isfinite().all())
+    assert max(prior.seen) <= 1
 
 
 # --- noise ---------------------------------------------------------------------------------------------------------------
@@ -104,6 +131,26 @@ def test_streams_in_blocks_expand_to_new_ones_that_depend_on_item_and_sample_alo
     assert len({float(part) for part in items.expand(2).expand(2).randn(1).flatten()}) > 0.99 * 4 * len(items)
 
 
+def test_seeds_are_any_integers():
+    prior = mixture_problem().problem.prior
+    problem = Posterior(prior, FlatLikelihood(prior.event_shape, 2, DOUBLE))
+    solver = fewstep.get("ddim", "solvers")(2)
+    want = solver(problem, 2, seed=3)
+    each = solver(problem, 2, seed=[3, 4])
+    assert want.seeds == (3, 3) and not torch.equal(want.x, each.x)
+    for seed in (np.int64(3), np.array(3), torch.tensor(3)):
+        found = solver(problem, 2, seed=seed)
+        assert torch.equal(found.x, want.x) and found.seeds == (3, 3) and type(found.seeds[0]) is int
+    for seed in (np.arange(3, 5), (np.int32(3), 4), torch.tensor([3, 4]), range(3, 5)):
+        assert torch.equal(solver(problem, 2, seed=seed).x, each.x)
+    for wrong in (3.0, "34", None, [3, 4.0], np.array([3.0, 4.0])):
+        with pytest.raises(TypeError, match="seed must be an integer"):
+            solver(problem, seed=wrong)
+    for wrong in ([3], np.arange(3), torch.tensor([3])):
+        with pytest.raises(ValueError, match="seeds for 2 measurements"):
+            solver(problem, seed=wrong)
+
+
 # --- conjugate gradients -------------------------------------------------------------------------------------------------
 
 
@@ -132,6 +179,31 @@ def test_cg_of_an_item_does_not_depend_on_the_others():
         assert torch.equal(alone.iterations[0], together.iterations[i])
         assert torch.allclose(alone.x[0], together.x[i], rtol=1e-12, atol=0)
         assert float(together.residual[i]) <= 1e-4
+
+
+@pytest.mark.parametrize("power", [-120, -60, 60, 120])
+def test_cg_does_not_depend_on_the_unit(power):
+    """Bit by bit, though the squares of such numbers leave single precision, in b and in the operator, start or not."""
+    matrix, unit = spd(2, 10).float(), 2.0**power
+    b, x = torch.randn(2, 2, 10, generator=torch.Generator().manual_seed(1))
+
+    def apply(x):
+        return torch.einsum("nij,nj->ni", matrix, x)
+
+    want, begun = cg(apply, b, tol=1e-5), cg(apply, b, x, tol=1e-5)
+    assert torch.equal(cg(apply, unit * b, tol=1e-5).x, unit * want.x)
+    assert torch.equal(cg(apply, unit * b, unit * x, tol=1e-5).x, unit * begun.x)
+    if abs(power) == 60:
+        assert torch.equal(cg(lambda x: unit * apply(x), unit * b, tol=1e-5).x, want.x)
+
+
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+def test_cg_marks_what_is_not_finite(wrong):
+    matrix, b = torch.stack([torch.eye(3), wrong * torch.eye(3), torch.eye(3)]), torch.ones(3, 3)
+    b[2, 1] = wrong
+    result = cg(lambda x: torch.einsum("nij,nj->ni", matrix, x), b)
+    assert torch.equal(result.x[0], b[0]) and bool(result.x[1:].isnan().all())
+    assert torch.isfinite(result.residual).tolist() == [True, False, False]
 
 
 def test_cg_of_zero_is_zero():
@@ -171,6 +243,16 @@ def test_grids_fall_from_one_to_zero(name):
         times = GRIDS[name](schedule, 7)
         assert len(times) == 8 and times.dtype == DOUBLE
         assert abs(float(times[0]) - 1) < 1e-9 and float(times[-1]) == 0 and bool((times.diff() < 0).all())
+
+
+@pytest.mark.parametrize("name", GRIDS)
+@pytest.mark.parametrize("steps", [1, 6, 200])
+def test_grids_fall_strictly_where_no_ratio_is_small(name, steps):
+    """The least ratio is above 0.01, or meets it: its time is above 0 all the same, which is a step of its own."""
+    for schedule in (fewstep.VarianceExploding(), fewstep.EDM(sigma_min=0.02), fewstep.EDM(sigma_min=0.5)):
+        times = GRIDS[name](schedule, steps)
+        assert len(times) == steps + 1 and abs(float(times[0]) - 1) < 1e-9 and float(times[-1]) == 0
+        assert bool((times.diff() < 0).all())
 
 
 # --- samples -------------------------------------------------------------------------------------------------------------
@@ -214,3 +296,46 @@ def test_samples_save_and_load(tmp_path):
     (tmp_path / "samples.safetensors").write_bytes(b"not a file of ours")
     with pytest.raises(ValueError, match="not a file of samples"):
         Samples.load(tmp_path)
+
+
+def test_samples_are_read_from_their_folder_or_file(tmp_path):
+    path = make_samples().save(tmp_path / "o")
+    assert torch.equal(Samples.load(path).x, Samples.load(str(tmp_path / "o")).x)
+    for wrong in (tmp_path / "nope", tmp_path, tmp_path / "o" / "other.safetensors"):
+        with pytest.raises(ValueError, match="no samples in"):
+            Samples.load(wrong)
+
+
+def test_samples_and_problems_are_shown_in_one_line():
+    samples = Samples(torch.zeros(16, 1, 3, 8, 8), Counts(30), 0.5, "DiffPIR(steps=30, eta=0.0)", (0,))
+    assert repr(samples) == "Samples(K=16, B=1, event=(3, 8, 8), method=DiffPIR, nfe=30)"
+    prior = mixture_problem().problem.prior
+    problem = Posterior(prior, FlatLikelihood((2,), 5), {"label": torch.tensor([7])})
+    shown = "Posterior(prior=MixturePrior, likelihood=FlatLikelihood(batch=5, event=(2,)), cond=['label'])"
+    assert repr(problem) == shown
+
+
+# --- problems ------------------------------------------------------------------------------------------------------------
+
+
+class Unscheduled(fewstep.Denoiser):
+    """A denoiser that forgot its schedule."""
+
+    def forward(self, x_t, t, **cond):
+        return x_t
+
+
+def test_what_is_no_problem_is_refused_in_words():
+    prior, flat = mixture_problem().problem.prior, FlatLikelihood((2,))
+    for wrong in ("natural", torch.nn.Identity(), flat, None):
+        with pytest.raises(TypeError, match=rf"the prior must be a Denoiser, got {type(wrong).__name__} .*load_prior"):
+            Posterior(wrong, flat)
+    with pytest.raises(TypeError, match="got Unscheduled without `schedule`"):
+        Posterior(Unscheduled(), flat)
+    for wrong in (torch.zeros(1, 2), prior, None):
+        with pytest.raises(
+            TypeError, match=rf"got {type(wrong).__name__} without `provides`; fewstep.image_likelihood"
+        ):
+            Posterior(prior, wrong)
+    with pytest.raises(TypeError, match=r'\{"label": torch.tensor\(\[7\]\)\} say, got 7'):
+        Posterior(prior, flat, cond=7)

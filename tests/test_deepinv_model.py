@@ -111,3 +111,32 @@ def test_what_it_refuses():
         as_deepinv(sampler, prior)(y, deepinv.physics.BlurFFT(SHAPE, operator.filter))
     with pytest.raises(ValueError, match="at least 1"):
         as_deepinv(sampler, prior, 0)
+
+
+@pytest.mark.parametrize(
+    "noise", [("PoissonGaussianNoise", {"gain": 0.5, "sigma": 0.01}), ("RicianNoise", {"sigma": 0.1})]
+)
+def test_noise_that_only_has_a_sigma_is_refused(noise):
+    name, fields = noise
+    operator = deepinv.physics.Denoising(getattr(deepinv.physics, name)(**fields))
+    with pytest.raises(ValueError, match=f"must be a GaussianNoise with a sigma, got {name}"):
+        as_deepinv(Unfolded(network(prior := unet()), steps=1), prior)(images(), operator)
+
+
+def test_a_kind_of_gaussian_noise_is_taken():
+    class Camera(deepinv.physics.GaussianNoise):
+        pass
+
+    prior, found = unet(), []
+    for noise in (Camera(SIGMA), deepinv.physics.GaussianNoise(SIGMA)):
+        model = as_deepinv(fewstep.get("diffpir")(steps=2), prior)
+        found.append(model(images(), deepinv.physics.Denoising(noise)))
+    assert torch.equal(*found)
+
+
+def test_names_are_no_samplers_and_no_priors():
+    for wrong in ("diffpir", fewstep.get("diffpir")):
+        with pytest.raises(TypeError, match=r"the sampler must be a Sampler, got .*diffpir"):
+            as_deepinv(wrong, unet())
+    with pytest.raises(TypeError, match="the prior must be a Denoiser, got str"):
+        as_deepinv(fewstep.get("diffpir")(), "natural")

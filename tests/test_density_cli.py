@@ -31,7 +31,6 @@ from fewstep.densities.distill import OPTIONS
 from fewstep.densities.draws import Draws
 from fewstep.densities.fit import FitOptions
 from fewstep.densities.report import render
-from fewstep.densities.storage import read_draws, write_draws
 from fewstep.densities.targets import available_targets, target
 from fewstep.densities.teachers.dis import DIS
 from fewstep.densities.user import as_target
@@ -178,6 +177,10 @@ def test_samplers_are_listed(density):
         (("fit", "broken.py", "--dim", "2", "--out", "o"), "broken.py cannot be imported: SyntaxError"),
         (("fit", "no.such.module:f", "--dim", "2", "--out", "o"), "cannot be imported: ModuleNotFoundError"),
         (("fit", "own.py:number", "--dim", "2", "--out", "o"), "is no function, but of type int"),
+        (
+            ("fit", "own.py:Data", "--dim", "2", "--out", "o"),
+            "own.py:Data is a class, but no TargetDensity: name an object",
+        ),
         (("fit", "own.py:shapes", "--dim", "2", "--out", "o"), "log_prob must map"),
         (("fit", "own.py:flat", "--dim", "2", "--out", "o"), "its integral diverges"),
         (("fit", "own.py:nothing", "--dim", "2", "--out", "o"), "log_prob is NaN at 17 of 17 points"),
@@ -198,7 +201,8 @@ def test_errors_are_one_line_and_leave_no_folder(density, tmp_path, monkeypatch,
     own(tmp_path, "def log_prob(x)\n", "broken.py")
     own(
         tmp_path,
-        OWN + "number = 3\ndef shapes(x):\n    return x\ndef flat(x):\n    return -0.5 * x[..., 0] ** 2\n"
+        OWN + "number = 3\nclass Data:\n    def __init__(self, rows):\n        self.rows = rows\n"
+        "def shapes(x):\n    return x\ndef flat(x):\n    return -0.5 * x[..., 0] ** 2\n"
         "def nothing(x):\n    return (x / 0 * 0).sum(-1)\ndef rounded(x):\n    return -(x**2).sum(-1).round()\n",
     )
     code, _, err = density(*words)
@@ -252,7 +256,7 @@ def test_sample_writes_draws_and_says_what_they_are_worth(density, folders, tmp_
         kept = np.loadtxt(file, delimiter=",", skiprows=1)
         np.testing.assert_allclose(kept, np.column_stack([draws.x, draws.log_weights]), rtol=1e-6)
     else:
-        kept = read_draws(file)
+        kept = Draws.load(file)
         assert torch.equal(kept.x, draws.x) and torch.equal(kept.log_weights, draws.log_weights)
         assert (kept.kind, kept.nfe, kept.target_calls, kept.seed) == ("unbiased", 1, 1, 3)
 
@@ -579,12 +583,12 @@ def test_without_exact_draws_the_stein_discrepancy_speaks(boxed):
 def test_signs_of_weights_survive_the_disk(tmp_path, suffix):
     log_w, signs = torch.zeros(6).double(), torch.tensor([1.0, -1, 1, 1, 1, 1]).double()
     draws, path = Draws(torch.zeros(6, 2), log_w, "unbiased", signs=signs), tmp_path / f"d{suffix}"
-    write_draws(path, draws)
+    draws.save(path)
     if suffix == ".csv":
         head, _, second = path.read_text().splitlines()[:3]
         assert head == "x_1,x_2,log_weight,sign" and second == "0,0,0,-1"
         return
-    again = read_draws(path)
+    again = Draws.load(path)
     assert torch.equal(again.signs, signs) and again.log_z == draws.log_z == pytest.approx(-0.405465)
 
 
@@ -598,16 +602,30 @@ def test_draws_that_do_not_fit_are_refused(tmp_path):
     np.savez(tmp_path / "b.npz", x=np.zeros((30, 2)))
     np.savez(tmp_path / "c.npz", x=np.zeros((30, 2)), log_weights=np.zeros(30))
     (tmp_path / "d.safetensors").write_bytes(b"no")
-    assert read_draws(tmp_path / "b.npz").kind is None
+    assert Draws.load(tmp_path / "b.npz").kind is None
+    with pytest.raises(ValueError, match=r"files that end in \.safetensors, \.npz, \.csv"):
+        draws.save(tmp_path / "x.txt")
     for name, message in (
         ("a.npz", "no array x"),
         ("c.npz", "weights need a kind"),
         ("d.safetensors", "cannot be read"),
     ):
         with pytest.raises(ValueError, match=message):
-            read_draws(tmp_path / name)
-    write_draws(tmp_path / "new" / "e.safetensors", draws)
-    assert torch.equal(read_draws(tmp_path / "new" / "e.safetensors").x, draws.x)
+            Draws.load(tmp_path / name)
+    draws.save(tmp_path / "new" / "e.safetensors")
+    assert torch.equal(Draws.load(tmp_path / "new" / "e.safetensors").x, draws.x)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".npz"])
+def test_draws_are_kept_whole(tmp_path, suffix):
+    """All fields, by a path in text, whose names are those of the class."""
+    log_w = torch.zeros(6).double()
+    draws = Draws(torch.rand(6, 2), log_w, "consistent", 3.0, 2.0, 1.0, 0.5, 7, 2, torch.tensor([1.0, -1] * 3).double())
+    draws.save(f"{tmp_path}/d{suffix}")
+    again = Draws.load(f"{tmp_path}/d{suffix}")
+    for field in dataclasses.fields(Draws):
+        mine, kept = getattr(draws, field.name), getattr(again, field.name)
+        assert torch.equal(mine, kept) if isinstance(mine, torch.Tensor) else mine == kept
 
 
 def test_public_names_are_those_of_the_card():

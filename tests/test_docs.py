@@ -6,6 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 
 import fewstep
 from fewstep.operators.words import get_operator, operators
@@ -77,3 +78,25 @@ def test_shares_of_variance_are_those_of_the_oracle():
             law = finite_step_law(ExactMean(steps=int(steps), eta=eta), exact.problem)
             found = distance(law, exact.posterior)
             assert [float(s) for s in said] == pytest.approx([found.low, found.high], abs=6e-4)
+
+
+def python_of(page, *headings):
+    """Return the code blocks of some sections of a page, in order."""
+    text = (DOCS / page).read_text(encoding="utf-8")
+    sections = [re.search(rf"^## {heading}\n(.*?)(?=^## )", text, re.MULTILINE | re.DOTALL)[1] for heading in headings]
+    return [code for section in sections for code in re.findall(r"```python\n(.*?)```", section, re.DOTALL)]
+
+
+def test_the_python_of_the_sampling_page_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    drawing, reading, network, wrapped = python_of("sampling.md", "In Python", "A denoiser of your own")
+    scope = {}
+    exec(drawing, scope)
+    drawn = scope["samples"]
+    drawn.save("out")
+    exec(reading, scope)
+    assert torch.equal(scope["samples"].x, drawn.x)
+    assert 0 <= float(scope["images"].min()) < float(scope["images"].max()) <= 1
+    exec(network + wrapped, scope)
+    x, t = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0.3, 0.6])
+    torch.testing.assert_close(scope["Wrapped"](scope["Network"]())(x, t), scope["prior"](x, t))

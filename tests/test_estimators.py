@@ -403,3 +403,8 @@ def test_concatenation_averages_costs():
     assert len(both) == 8 and both.nfe == 4 and both.seconds == 3
     with pytest.raises(ValueError, match="different kinds"):
         Draws.concatenate([a, Draws(torch.zeros(2, 1))])
+
+
+def test_draws_are_shown_in_one_line():
+    draws = Draws(torch.zeros(7, 2), torch.zeros(7, dtype=torch.float64), "unbiased", nfe=3, seed=5)
+    assert repr(draws) == "Draws(N=7, d=2, kind='unbiased', nfe=3, seed=5)"

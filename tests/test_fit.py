@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -203,6 +204,40 @@ def test_fit_takes_a_callable_and_gives_a_sampler(tmp_path):
     assert last_checkpoint(tmp_path).name == "step_00000040"
 
 
+def test_fit_takes_what_a_callable_does_not_say(tmp_path):
+    """A score and a log Z of numpy, a box; the folder alone then gives the sampler back for the callable."""
+    quick = {"sampler": DIS(steps=4, net=NetConfig(8)), "train_steps": 1, "batch": 32, "whiten": False}
+
+    def on_arrays(x):
+        return -0.5 * (np.asarray(x) ** 2).sum(-1)
+
+    plain = fewstep.fit(on_arrays, dim=2, score=lambda x: -np.asarray(x), log_z=math.log(2 * math.pi), **quick)
+    assert plain.target.log_z == math.log(2 * math.pi) and plain.sample(64).ess > 0.9
+    with pytest.raises(ValueError, match="has its own score"):
+        fewstep.fit(plain.target, score=lambda x: -x, **quick)
+
+    def bounded(x):
+        return x[..., 0].log() + torch.log1p(-x[..., 0]) - x[..., 1]
+
+    boxed = fewstep.fit(bounded, dim=2, support=(0, [1, None]), **quick)
+    boxed.save(tmp_path)
+    again = load_density_sampler(tmp_path, bounded)
+    ends = [[torch.as_tensor(end).expand(2).tolist() for end in s.target.support] for s in (boxed, again)]
+    assert ends[0] == ends[1] == [[0.0, 0.0], [1.0, math.inf]]
+    mine, theirs = boxed.sample(64), again.sample(64)
+    assert torch.equal(mine.x, theirs.x) and torch.equal(mine.log_weights, theirs.log_weights)
+    assert bool((mine.x > 0).all())
+
+
+def test_a_folder_takes_a_callable_of_its_dimension(tmp_path):
+    quick = {"sampler": DIS(steps=4, net=NetConfig(8)), "train_steps": 1, "batch": 32, "whiten": False}
+    fewstep.fit(bump, 2, **quick).save(tmp_path)
+    sampler = load_density_sampler(tmp_path, bump)
+    assert sampler.target.dim == 2 and sampler.target.support is None
+    with pytest.raises(TypeError, match="must map"):
+        load_density_sampler(tmp_path, lambda x: x)
+
+
 def test_a_run_that_was_stopped_is_resumed_to_the_same_sampler(tmp_path):
     target, teacher = two_modes(variance=0.3), DIS(steps=6, net=NetConfig(width=16))
     whole = fewstep.fit(
@@ -232,8 +267,10 @@ def test_wrong_names_are_answered_with_the_nearest():
         fewstep.fit(bump, 2, sampler="diss")
     with pytest.raises(ValueError, match="did you mean log_variance"):
         fewstep.fit(bump, 2, loss="logvariance")
-    with pytest.raises(TypeError, match="unexpected"):
+    with pytest.raises(TypeError, match=r"unexpected keyword argument 'trainsteps' .*did you mean train_steps"):
         fewstep.fit(bump, 2, trainsteps=5)
+    with pytest.raises(TypeError, match=r"'bach' .*did you mean batch"):
+        fewstep.distill(two_modes().prior, target=two_modes(), bach=5)
     assert {"dds", "dis", "idem", "lrds", "pis"} <= set(fewstep.available("teachers"))
     assert {"kl", "log_variance", "trajectory_balance"} <= set(fewstep.available("losses"))
 

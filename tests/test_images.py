@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import os
 import struct
+import warnings
 import zlib
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 from safetensors.torch import save_file
 
 from fewstep.images import list_photos, load_image, read_photo, save_image
@@ -58,6 +60,50 @@ def test_sixteen_bits_keep_their_depth(tmp_path):
     photo = read_photo(stored(Image.fromarray(values), tmp_path / "d.png"))
     assert photo.grey
     assert torch.equal(photo.x[0, 0], torch.from_numpy(values.astype(np.float32) / 65535))
+
+
+def test_the_transparent_value_of_sixteen_bits_is_white(tmp_path):
+    values = np.array([[0, 1, 257], [40000, 65534, 65535]], np.uint16)
+    photo = read_photo(stored(Image.fromarray(values), tmp_path / "d.png", transparency=257))
+    values[0, 2] = 65535
+    assert torch.equal(photo.x[0, 0], torch.from_numpy(values.astype(np.float32) / 65535))
+    assert any("white" in note for note in photo.notes) and any("grey" in note for note in photo.notes)
+
+
+def test_floats_are_read_without_a_warning(tmp_path):
+    values = np.linspace(0, 1, 12, dtype=np.float32).reshape(3, 4)
+    path = stored(Image.fromarray(values), tmp_path / "f.tiff")
+    before = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert torch.equal(load_image(path)[0, 0], torch.from_numpy(values))
+    finally:
+        torch.set_warn_always(before)
+
+
+def colour_profile(space=b"RGB "):
+    """Return an ICC profile that says it is of another colour space."""
+    data = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    return data[:16] + space + data[20:]
+
+
+def test_a_colour_profile_is_kept_where_it_is_one_of_the_pixels(tmp_path):
+    colour, grey = Image.fromarray(pixels()), Image.fromarray(pixels(channels=1))
+    rgb, one, cmyk = (colour_profile(space) for space in (b"RGB ", b"GRAY", b"CMYK"))
+    cases = [(colour, rgb, "a.png", True), (colour, rgb, "a.jpg", True), (grey, one, "g.png", True)]
+    cases += [
+        (grey, rgb, "h.png", False),
+        (colour.convert("CMYK"), cmyk, "c.tif", False),
+        (colour, b"x", "x.png", False),
+    ]
+    for image, profile, name, kept in cases:
+        photo = read_photo(stored(image, tmp_path / name, icc_profile=profile))
+        assert photo.profile == (profile if kept else None)
+        assert any("colour profile was not kept" in note for note in photo.notes) != kept
+        save_image(photo.x, tmp_path / "out.png", grey=photo.grey, profile=photo.profile)
+        assert Image.open(tmp_path / "out.png").info.get("icc_profile") == photo.profile
 
 
 def test_what_is_left_of_a_file_is_told(tmp_path):
@@ -119,6 +165,7 @@ def bad_inputs(tmp_path):
     save_file({"y": torch.full((3, 4, 4), 130, dtype=torch.int32)}, tmp_path / "int32.safetensors")
     Image.fromarray(np.full((4, 4), np.nan, np.float32)).save(tmp_path / "nan.tiff")
     Image.fromarray(np.full((4, 4), 7.0, np.float32)).save(tmp_path / "range.tiff")
+    Image.fromarray(np.full((4, 4), 255, np.int32)).save(tmp_path / "deep.tiff")
     return {
         "missing.png": "does not exist",
         "empty.png": "empty",
@@ -133,6 +180,7 @@ def bad_inputs(tmp_path):
         "int32.safetensors": "int32",
         "nan.tiff": "NaN",
         "range.tiff": r"outside \[0, 1\]",
+        "deep.tiff": "32 bits",
         ".": "folder",
     }
 
@@ -142,6 +190,23 @@ def test_bad_inputs_name_file_and_cause(tmp_path):
         with pytest.raises(ValueError, match=cause) as caught:
             load_image(tmp_path / name)
         assert "\n" not in str(caught.value) and str(tmp_path / name) in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("kind", ["gif", "tiff"])
+def test_a_file_that_is_cut_anywhere_is_read_or_refused(tmp_path, kind):
+    frames = [Image.fromarray(pixels(8, 8, seed=k)) for k in (0, 1)]
+    whole, path = io.BytesIO(), tmp_path / f"cut.{kind}"
+    frames[0].save(whole, kind, save_all=True, append_images=frames[1:])
+    refused = 0
+    for length in range(1, len(whole.getvalue()), 9):
+        path.write_bytes(whole.getvalue()[:length])
+        try:
+            assert load_image(path).shape == (1, 3, 8, 8)
+        except ValueError as error:
+            assert "damaged or truncated" in str(error) or "not an image" in str(error)
+            refused += 1
+    assert refused > 20
 
 
 def test_decompression_bomb(tmp_path, monkeypatch):
@@ -180,3 +245,5 @@ def test_folder_listing(tmp_path):
     write_png(tmp_path, "b.png"), write_png(tmp_path, "a.png")
     (tmp_path / "notes.txt").touch()
     assert [p.name for p in list_photos(tmp_path)] == ["a.png", "b.png"]
+    with pytest.raises(ValueError, match="nofolder is not a folder"):
+        list_photos(tmp_path / "nofolder")

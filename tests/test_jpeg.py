@@ -51,6 +51,7 @@ def save(x, **options):
     return out.getvalue()
 
 
+SCAN = b"\xff\xda\x00\x0c\x03\x01\x00"  # the head of a scan of three planes, up to the number of the first
 KINDS = [{}, {"progressive": True}, {"restart_marker_blocks": 3}, {"progressive": True, "restart_marker_rows": 1},
          {"optimize": True}]  # fmt: skip
 
@@ -340,12 +341,30 @@ def test_the_noise_level_of_the_gaussian_error_is_on_the_scale_of_the_image():
     assert 0.3 * error < float(coarse) < 3 * error and float(fine) < 0.3 * float(coarse)
 
 
+def without_tables(data):
+    """Return a JPEG file without its Huffman tables, as a frame of Motion JPEG."""
+    out, at = data[:2], 2
+    while data[at + 1] != 0xDA:
+        end = at + 2 + int.from_bytes(data[at + 2 : at + 4])
+        out += data[at:end] if data[at + 1] != 0xC4 else b""
+        at = end
+    return out + data[at:]
+
+
+def test_a_file_without_huffman_tables_means_the_standard_ones():
+    data = encoded(photo(37, 45), 60)[0]
+    whole, found = (JpegMeasurement.from_file(source) for source in (data, without_tables(data)))
+    assert torch.equal(found.indices, whole.indices) and torch.equal(found.decoded, whole.decoded)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda: read_jpeg(b"not a file"), "not a JPEG"),
         (lambda: read_jpeg("/no/such/file.jpg"), "cannot be read"),
         (lambda: read_jpeg(save(photo(32, 32))[:700]), "damaged or cut short|no image data"),
+        (lambda: read_jpeg(without_tables(save(photo(32, 32), progressive=True))), "damaged or cut short"),
+        (lambda: read_jpeg(save(photo(8, 8)).replace(SCAN, SCAN[:-2] + b"\x09\x00")), "damaged or cut short"),
         (lambda: encode(photo(8, 8), 0), "quality"),
         (lambda: encode(photo(8, 8), 50, "4:1:0"), "sub-sampling"),
         (lambda: encode(photo(8, 8) * float("nan"), 50), "NaN"),

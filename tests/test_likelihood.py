@@ -236,6 +236,27 @@ def test_conjugate_gradients_say_when_they_stop_early():
         likelihood.prox(randn(3, 1, 8, 8), 1.0)
 
 
+@pytest.mark.parametrize("sigma", [1e-6, 3e-7, 1e-10, 1e-15])
+def test_little_noise_means_that_the_data_hold(sigma):
+    """In single precision and without a closed form, beside a noisy neighbour: the prox and pigdm's back-projection fit y."""
+    physics = P.Blur(filter=torch.ones(1, 1, 3, 3) / 9, padding="reflect")
+    x, z = 2 * rand(2, 2, 1, 8, 8).float() - 1
+    likelihood = GaussianLikelihood(physics.A(x), physics, torch.tensor([sigma, 0.5]))
+    assert likelihood.spectrum is None
+    for found in (likelihood.prox(z, 1.0), z + likelihood.back_project(likelihood.residual(z), 1.0)):
+        off = likelihood.residual(found).flatten(1).abs().amax(1)
+        assert float(off[0]) < 1e-4
+        assert float(off[1]) > 1e-2
+
+
+def test_an_operator_that_gives_nan_is_named():
+    likelihood = make(P.Blur(filter=kernel(1, 3, 3), padding="reflect"), (1, 8, 8))
+    likelihood.physics = copy.deepcopy(likelihood.physics)
+    likelihood.physics.A = lambda x, **_: x * torch.nan
+    with pytest.raises(FloatingPointError, match="Blur"):
+        likelihood.prox(randn(3, 1, 8, 8), 1.0)
+
+
 class Wrong:
     """A matrix with a planted error."""
 
@@ -289,6 +310,66 @@ def test_a_matrix_with_as_many_rows_as_measurements_is_not_taken_apart():
     check_likelihood(make(vector, (6,)), num_samples=300)
 
 
+class Gains(torch.nn.Module):
+    """Every item has a gain of its own, kept as a buffer or as a plain attribute, in one dimension or in two."""
+
+    def __init__(self, gains, kept):
+        super().__init__()
+        if kept == "buffer":
+            self.register_buffer("gains", gains)
+        else:
+            self.gains = gains
+
+    def A(self, x):
+        return x * self.gains.reshape(-1, 1)
+
+    A_adjoint = A
+
+
+class PlainGains:
+    """The same, and no module."""
+
+    def __init__(self, gains):
+        self.gains = gains
+
+    A, A_adjoint = Gains.A, Gains.A
+
+
+@pytest.mark.parametrize("shape", [(2,), (2, 1)])
+@pytest.mark.parametrize("build", [lambda g: Gains(g, "buffer"), lambda g: Gains(g, "attribute"), PlainGains])
+@pytest.mark.parametrize("size", [2, 3])
+def test_gains_of_items_are_repeated_however_they_are_kept(shape, build, size):
+    physics = build(torch.tensor([0.5, 2.0], dtype=F64).reshape(shape))
+    likelihood = make(physics, (size,), batch=2, tol=1e-12)
+    x = randn(8, size, seed=7)
+    assert torch.equal(likelihood.expand(4).A(x).reshape(4, 2, size), likelihood.A(x.reshape(4, 2, size)))
+    check_likelihood(likelihood, num_samples=300)
+    assert physics.gains.shape == shape
+
+
+def test_a_vector_as_long_as_the_batch_by_chance_is_not_repeated():
+    class Diagonal(PlainGains):
+        def A(self, x):
+            return x * self.gains
+
+        A_adjoint = A
+
+    check_likelihood(make(Diagonal(rand(3) + 0.1), (3,), tol=1e-12), num_samples=300)
+
+
+def test_what_cannot_be_repeated_is_named():
+    class Counted(PlainGains):
+        def A(self, x):
+            assert len(x) == 2
+            return x * self.gains
+
+        A_adjoint = A
+
+    likelihood = GaussianLikelihood(randn(2, 3), Counted(torch.ones(2, 1, dtype=F64)), 0.1)
+    with pytest.raises(ValueError, match="cannot tell which tensors of Counted"):
+        likelihood.expand(4)
+
+
 def test_no_measurement():
     flat = FlatLikelihood((4,), 2, F64)
     z = randn(2, 4)
@@ -305,6 +386,7 @@ def test_no_measurement():
         ({"y": torch.full((2, 1, 6, 6), float("nan"))}, "NaN"),
         ({"y": torch.ones(2, 1, 6, 7)}, "does not fit"),
         ({"y": torch.ones(2, 3, 6)}, "does not fit"),
+        ({"y": torch.ones(2, 1, 6, 6, dtype=torch.int64)}, "floating or complex type, got torch.int64"),
     ],
 )
 def test_bad_input_is_named_in_one_line(change, message):
@@ -319,3 +401,12 @@ def test_core_needs_no_deepinv():
     assert importlib.util.find_spec("fewstep.core.likelihood") is not None
     likelihood = make(MatrixOperator(randn(5, 8)), (8,), batch=2)
     assert likelihood.expand(3).batch == 6
+
+
+def test_likelihoods_are_shown_in_one_line():
+    y, physics = torch.zeros(2, 3), MatrixOperator(torch.eye(3))
+    assert (
+        repr(GaussianLikelihood(y, physics, 0.02)) == "GaussianLikelihood(y=(2, 3), physics=MatrixOperator, sigma=0.02)"
+    )
+    assert repr(GaussianLikelihood(y, physics, torch.tensor([0.5, 0.1]))).endswith("sigma=0.1 to 0.5)")
+    assert repr(FlatLikelihood((3, 8, 8), 2)) == "FlatLikelihood(batch=2, event=(3, 8, 8))"

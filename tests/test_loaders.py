@@ -10,11 +10,15 @@ from fewstep.compat import prepare_torchvision
 from fewstep.core.denoiser import Denoiser
 from fewstep.core.schedule import VarianceExploding
 from fewstep.priors import loaders
-from fewstep.priors.adm import AdmFlags, AdmUNet, load_guided_diffusion
+from fewstep.priors.adm import AdmFlags, AdmUNet, GuidedDiffusionDenoiser, _table, load_guided_diffusion
 from fewstep.priors.deepinv_denoiser import DeepinvDenoiser
 from fewstep.priors.diffusers_unet import DiffusersDenoiser
 from fewstep.priors.loaders import load_prior
 from fewstep.priors.unet import UNetConfig, UNetDenoiser
+from fewstep.unfolded.decoders import AdaptedDecoder
+from fewstep.unfolded.loaders import load_sampler
+from fewstep.unfolded.network import UnfoldedConfig, UnfoldedNetwork
+from fewstep.unfolded.store import save_network
 
 prepare_torchvision()
 diffusers = pytest.importorskip("diffusers")
@@ -105,6 +109,31 @@ def test_pipeline_folder_model_folder_and_objects_agree(tmp_path):
     torch.testing.assert_close(alone, priors[0](x, t), rtol=0, atol=1e-5)
 
 
+def labelled(kind):
+    """Return a prior of three classes whose classes differ."""
+    if kind == "diffusers":
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            unet = diffusers.UNet2DModel(**{**tiny_unet().config, "num_class_embeds": 3}).eval()
+        return load_prior(unet, scheduler={"beta_start": 1e-4})
+    return GuidedDiffusionDenoiser(random_adm(AdmFlags(**{**vars(FLAGS), "classes": 3})), _table("linear", 1000)).eval()
+
+
+@pytest.mark.parametrize("kind", ["diffusers", "guided diffusion"])
+def test_a_label_becomes_the_class_of_every_item(kind):
+    prior, x, t = labelled(kind), noisy(2, 3, 8, 8), torch.tensor(0.5)
+    with torch.no_grad():
+        both = prior(x, t, class_labels=torch.tensor([2, 0]))
+        torch.testing.assert_close(prior(x, t, label=torch.tensor([2, 0])), both)
+        assert not torch.allclose(both[0], both[1])
+        alone = prior(x, t, label=torch.tensor(2))
+        torch.testing.assert_close(alone[0], both[0], rtol=0, atol=1e-5)
+        torch.testing.assert_close(alone[1], prior(x, t, class_labels=torch.tensor([2, 2]))[1])
+    for words, message in (({}, "needs a label, a class from 0 to 2"), ({"label": 3}, "classes from 0 to 2")):
+        with pytest.raises(ValueError, match=message):
+            prior(x, t, **words)
+
+
 def test_diffusers_folders_that_do_not_fit_are_refused(tmp_path):
     unet = tiny_unet()
     unet.save_pretrained(tmp_path / "model")
@@ -112,6 +141,8 @@ def test_diffusers_folders_that_do_not_fit_are_refused(tmp_path):
         load_prior(tmp_path / "model")
     with pytest.raises(ValueError, match="no table of betas"):
         load_prior(tmp_path / "model", scheduler={"_class_name": "ScoreSdeVeScheduler"})
+    with pytest.raises(ValueError, match="rescale_betas_zero_snr is not supported"):
+        load_prior(tmp_path / "model", scheduler={"beta_start": 1e-4, "rescale_betas_zero_snr": True})
     with pytest.raises(ValueError, match="prediction_type"):
         load_prior(tmp_path / "model", scheduler={"beta_start": 1e-4, "prediction_type": "flow"})
     with pytest.raises(ValueError, match="pass scheduler="):
@@ -284,8 +315,6 @@ def test_guided_diffusion_tables():
 
 
 def loaders_table(net, kind):
-    from fewstep.priors.adm import _table
-
     return _table(kind, 1000).alphas_cumprod
 
 
@@ -311,8 +340,9 @@ def test_wrong_checkpoints_are_refused_in_one_line(tmp_path):
     fails("no plain state dict")
     torch.save({"a": torch.zeros(2)}, path)
     fails("no guided-diffusion UNet")
-    path.write_bytes(path.read_bytes()[:100])
-    fails("cannot be read as weights")
+    for data in (path.read_bytes()[:100], b"text, not weights", b".", b"every text fails in a way of its own"):
+        path.write_bytes(data)
+        fails("cannot be read as weights")
 
 
 def test_a_checkpoint_cannot_run_code(tmp_path):
@@ -337,3 +367,17 @@ def test_objects_of_no_known_kind_are_refused():
     assert load_prior(mine) is mine
     with pytest.raises(ValueError, match="no options"):
         load_prior(mine, schedule=None)
+
+
+def test_the_folders_of_a_training_are_told_apart(tmp_path):
+    prior = UNetDenoiser(UNetConfig(widths=(8,), layers=1, groups=4))
+    prior.save(tmp_path / "run" / "prior")
+    network = UnfoldedNetwork(UnfoldedConfig(), AdaptedDecoder(prior.with_context(0)))
+    save_network(network, tmp_path / "run" / "sampler")
+    with pytest.raises(ValueError, match=r"sampler holds a fewstep-unfolded, no prior; load_sampler"):
+        load_prior(tmp_path / "run" / "sampler")
+    with pytest.raises(ValueError, match=r"the prior is in .*run/prior"):
+        load_prior(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"the trained sampler is in .*run/sampler"):
+        load_sampler(tmp_path / "run")
+    assert load_sampler(tmp_path / "run" / "sampler").steps == 3

@@ -29,6 +29,7 @@ from fewstep.testing.sampler import (
     check_sampler,
 )
 
+NAN = math.nan
 # few steps, so that the checks are quick; everything else as published
 QUICK = {name: {"steps": 6} for name in fewstep.available()}
 QUICK["daps"] |= {"langevin_steps": 5, "lr": 1e-5}
@@ -59,11 +60,45 @@ def test_squared_dps_is_affine_and_keeps_the_contract():
         ("ddrm", {"eta_b": 2.0}),
         ("diffpir", {"lam": -1.0}),
         ("diffpir", {"zeta": 5.0}),
+        *(("dds", {"gamma": value}) for value in (0.0, -1.0, NAN)),
+        *((name, {"iterations": value}) for name in ("dds", "mmps") for value in (0, 2.5)),
+        *(("daps", {name: 0}) for name in ("langevin_steps", "ode_steps", "ratio_min", "lr")),
+        *(("daps", {name: NAN}) for name in ("ratio_min", "ratio_max", "tau", "lr")),
+        ("daps", {"ratio_min": 2.0, "ratio_max": 1.0}),
+        ("daps", {"tau": -0.1}),
+        *(("diffpir", {"lam": value}) for value in (0.0, math.inf, NAN)),
+        *(("pnp_dm", {"decay": value}) for value in (0.0, 1.1, NAN)),
+        *(("pnp_dm", {name: value}) for name in ("rho_min", "rho_max") for value in (0.0, NAN)),
+        ("pnp_dm", {"inner_steps": 0}),
+        *(("latino", {"steps": 4, "stay": value}) for value in (-1, 4)),
+        *(("latino", {name: value}) for name in ("ratio_min", "pairing", "power") for value in (0.0, NAN)),
+        *(("latino", {name: value}) for name, value in (("decoder_steps", 0), ("bound", -1.0))),
+        *(("cm4ir", {"start": value}) for value in (0.0, 1.0, NAN)),
+        *(("cm4ir", {name: NAN}) for name in ("gamma", "mu", "delta", "zeta")),
+        *(("cm4ir", {name: value}) for name, value in (("gamma", -0.5), ("mu", 0.0), ("delta", -1.0), ("zeta", 0.0))),
+        ("cm4ir", {"decoder_steps": 0}),
+        *((name, {field: value}) for name, field in (("pigdm", "spread"), ("dps", "zeta")) for value in (0.0, NAN)),
+        *(("red_diff", {name: value}) for name, value in (("lam", -1.0), ("lam", NAN), ("lr", 0.0), ("lr", NAN))),
     ],
 )
 def test_fields_out_of_range_are_refused(name, fields):
     with pytest.raises(ValueError, match="must"):
         fewstep.get(name)(**fields)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("pnp_dm", {"rho_max": math.inf, "decay": 1.0}),
+        ("daps", {"ratio_max": math.inf, "tau": 0.0}),
+        ("latino", {"stay": 7}),
+        ("red_diff", {"lam": 0.0}),
+        ("cm4ir", {"gamma": 0.0, "delta": -0.1}),
+        *((name, preset) for name in fewstep.available() for preset in fewstep.get(name).presets.values()),
+    ],
+)
+def test_fields_at_the_ends_of_their_range_and_presets_are_taken(name, fields):
+    assert fewstep.get(name)(**fields).steps >= 1
 
 
 def test_all_twelve_are_there():
@@ -501,6 +536,13 @@ def test_a_method_that_does_not_fit_names_those_that_do():
         MMPS(steps=2)(flat)
 
 
+def test_a_measurement_of_other_items_is_refused():
+    prior = gaussian_problem().problem.prior
+    for shape in ((6,), (1, 5)):
+        with pytest.raises(ValueError, match=r"prior is of items of shape \(5,\), the measurement of items of shape"):
+            fewstep.get("latino")(steps=2)(Posterior(prior, FlatLikelihood(shape, dtype=torch.float64)))
+
+
 def test_divergence_is_an_error():
     with pytest.raises(FloatingPointError, match="diverged"):
         fewstep.get("dps")(steps=50, norm=False, zeta=1e30)(gaussian_problem().problem)
@@ -509,6 +551,8 @@ def test_divergence_is_an_error():
 def test_registry_suggests_and_refuses():
     with pytest.raises(ValueError, match="did you mean diffpir"):
         fewstep.get("difpir")
+    with pytest.raises(ValueError, match="unknown solver 'nope'"):
+        fewstep.get("nope", "solvers")
     with pytest.raises(ValueError, match="unknown kind"):
         fewstep.available("nonsense")
     assert fewstep.get("pnp-dm") is fewstep.get("pnp_dm")

@@ -113,6 +113,9 @@ def test_lpips_without_weights_is_null_with_a_reason(monkeypatch, tmp_path):
     quality._build.cache_clear()
     value, reason = metrics.lpips(X, Y)
     assert value is None and "--lpips-weights" in reason
+    with pytest.raises(metrics.Missing, match=r"^no LPIPS weights: set FEWSTEP_LPIPS to their file") as caught:
+        metrics.lpips_net()
+    assert "--lpips-weights" not in str(caught.value), "which only some commands have"
     with pytest.raises(ValueError, match="do not exist"):
         metrics.lpips(X, Y, weights=tmp_path / "none.safetensors")
 

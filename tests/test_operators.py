@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -109,6 +111,38 @@ def test_words_against_dense_algebra(word, files):
     likelihood = operator.likelihood(operator.simulate(x, 0.1), sigma=0.1)
     check_adjoint(likelihood)
     check_prox(likelihood)
+
+
+@pytest.mark.parametrize("edges", [(5, 4), (1, 6), (3, 3)])
+def test_a_photograph_is_the_inner_part_of_what_was_blurred(edges, tmp_path):
+    """The frame of the scene, by shifts: row i of y sees rows i, ..., i + h - 1 of x."""
+    h, w = edges
+    kernel = torch.rand(h, w, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    np.save(tmp_path / "k.npy", kernel.numpy())
+    operator = words.Deblur(kernel=str(tmp_path / "k.npy")).measured()
+    x, flipped = image(1, 1, 12, 14), operator.filter()[0, 0].flip(0, 1)
+    y = operator.simulate(x, 0.1)
+    likelihood = operator.likelihood(y, sigma=0.1, tol=1e-12)
+    assert y.shape == (1, 1, 13 - h, 15 - w) and likelihood.event_shape == (1, 12, 14)
+    exact = sum(flipped[i, j] * x[..., i : i + 13 - h, j : j + 15 - w].double() for i in range(h) for j in range(w))
+    torch.testing.assert_close(operator.simulate(x, 0.0).double(), exact, atol=1e-6, rtol=0)
+    check_adjoint(likelihood)
+    check_prox(likelihood)
+    dot = torch.zeros(h, w)
+    dot[h // 2, w // 2] = 1  # a kernel that blurs nothing: what is seen is the frame
+    np.save(tmp_path / "dot.npy", dot.numpy())
+    still = words.Deblur(kernel=str(tmp_path / "dot.npy"), boundary="valid")
+    torch.testing.assert_close(still.simulate(x, 0.0), still.framed(x))
+
+
+def test_boundaries():
+    blur = words.DeblurGaussian(1.0)
+    assert blur.measured().boundary == "valid" and blur.measured().measured() == blur.measured()
+    assert words.DeblurGaussian(1.0, boundary="circular").measured().boundary == "circular"
+    assert blur.describe() == "deblur-gaussian (width 1.0)"
+    assert blur.framed(image(1, 1)).shape == image(1, 1).shape and words.Denoise().measured() == words.Denoise()
+    with pytest.raises(ValueError, match="unknown boundary 'reflect'"):
+        words.DeblurUniform(boundary="reflect")
 
 
 @pytest.mark.parametrize("operator", [words.DeblurGaussian(1.0), words.SuperResolution(2), words.InpaintRandom(0.5)])
@@ -258,6 +292,8 @@ def test_a_flat_image_has_the_noise_of_rounding():
         (lambda t: words.SuperResolution(factor=1), "at least 2"),
         (lambda t: words.SuperResolution(factor=4).build((3, 30, 32)), "divides"),
         (lambda t: words.InpaintRandom(rate=1.2), "rate"),
+        (lambda t: words.InpaintRandom(mask_seed=1 << 64), "mask_seed must fit"),
+        (lambda t: words.DeblurMotion(kernel_seed=1 << 64).build((3, 64, 64)), "kernel_seed must fit"),
         (lambda t: words.InpaintBox(size=9).build((3, 8, 8)), "does not fit"),
         (lambda t: words.Denoise().likelihood(torch.ones(1, 3, 8, 8), sigma=-0.1), "sigma must be positive"),
         (lambda t: words.Denoise().likelihood(torch.full((1, 3, 8, 8), float("nan")), sigma=0.1), "NaN"),
@@ -276,6 +312,21 @@ def test_bad_input_is_named_in_one_line(call, message, tmp_path):
     with pytest.raises(ValueError, match=message) as error:
         call(tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_masks_and_kernels_that_are_too_large_or_damaged_are_refused(tmp_path, monkeypatch):
+    Image.fromarray(np.full((8, 8), 255, np.uint8)).save(tmp_path / "p.png")
+    whole = (tmp_path / "p.png").read_bytes()
+    at = whole.index(b"IDAT")
+    piece = whole[at : at + 6]  # the first two bytes of the pixels, and then a chunk without a name
+    chunk = struct.pack(">I", 2) + piece + struct.pack(">I", zlib.crc32(piece))
+    (tmp_path / "cut.png").write_bytes(whole[: at - 4] + chunk + bytes([0, 0, 0, 4, 255, 255, 255, 255]) + whole[at:])
+    for name, limit in (("cut.png", 64), ("p.png", 30)):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        for build in (words.Inpaint(mask=str(tmp_path / name)).build, words.Deblur(kernel=str(tmp_path / name)).build):
+            with pytest.raises(ValueError, match="cannot be read") as error:
+                build((3, 8, 8))
+            assert "\n" not in str(error.value)
 
 
 def test_a_kernel_larger_than_the_image_is_refused_at_the_door():

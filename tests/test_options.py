@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
-from fewstep.options import assignments, pairs, typed_arguments, typed_fields
+from fewstep.options import assignments, described_arguments, pairs, typed_arguments, typed_fields, written_as
 
 
 @dataclass(frozen=True)
@@ -67,3 +68,28 @@ def test_functions_and_words():
     assert assignments(["a=1", "b=x=y"]) == {"a": "1", "b": "x=y"}
     with pytest.raises(ValueError, match="field=value"):
         assignments(["a"])
+
+
+def test_parameters_are_described_for_a_help():
+    def main(
+        folder: str | Path, rate: float = 0.5, names: Sequence[str] | None = None, *, sizes: Sequence[int] = (3, 4)
+    ):
+        """Do it.
+
+        Args:
+            folder: of photographs,
+                all of them.
+            rate: see [here]: so.
+            sizes: of each.
+
+        Raises:
+            names: is no argument.
+        """
+
+    folder, rate, names, sizes = described_arguments(main)
+    assert (folder.kind, folder.text) == ("PATH", "of photographs, all of them.")
+    assert folder.default is inspect.Parameter.empty
+    assert (rate.kind, rate.text, written_as(rate.default)) == ("FLOAT", "see [here]: so.", "0.5")
+    assert (names.kind, names.text, written_as(names.default)) == ("TEXT,...", "", None)
+    assert (sizes.kind, written_as(sizes.default), written_as(())) == ("INT,...", "3,4", None)
+    assert written_as(True) == "true"

@@ -7,7 +7,7 @@ import re
 import torch
 
 from fewstep.core.reference import Reference
-from fewstep.report import Map, Picture, Report, busiest, render, shrink
+from fewstep.report import Map, Picture, Report, busiest, crop_figure, render, shrink
 
 REFERENCE = Reference("A <Title>", "Doe, Jane and Roe, Rick", 2024, "Venue", "2401.00001")
 
@@ -52,6 +52,12 @@ def test_figures_leave_no_global_state():
 
     render(report())
     assert "matplotlib.pyplot" not in sys.modules or not sys.modules["matplotlib.pyplot"].get_fignums()
+
+
+def test_a_picture_of_one_channel_is_grey_in_the_detail():
+    x, maps = torch.linspace(0, 1, 64).reshape(1, 1, 8, 8), [Map("Width", torch.ones(8, 8))]
+    one, three = (crop_figure([Picture("Mean", image)], maps) for image in (x, x.expand(1, 3, 8, 8)))
+    assert one == three
 
 
 def test_shrink_and_crop():

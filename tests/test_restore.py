@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import errno
+import io
 import json
 import os
+import re
 import shlex
 import signal
 from pathlib import Path
@@ -12,12 +15,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 from safetensors.torch import load_file, save_file
 
 import fewstep.restore as module
 from fewstep.core.samples import Samples
-from fewstep.images import load_image
+from fewstep.images import load_image, save_image
 from fewstep.operators import words
 from fewstep.operators.grey import luma
 from fewstep.restore import Settings, restore, restore_folder
@@ -75,6 +78,7 @@ def test_the_default_is_the_trained_sampler_of_the_prior(tmp_path):
     result = run(write_png(tmp_path), tmp_path, method="", method_fields={"steps": 1})
     assert result.record["method"]["name"] == "ud2m" and result.record["nfe"] == 3
     assert result.record["method"]["network"] == "natural-general"
+    assert not {"base", "pairing", "start", "iterations"} & set(result.record["method"])  # they are the network's own
 
 
 def test_a_trained_sampler_does_not_stand_in_for_another_prior():
@@ -156,6 +160,25 @@ def test_without_a_method_a_jpeg_gets_the_one_that_suits_it(tmp_path):
     assert record["method"]["name"] == "diffpir" and record["method"]["zeta"] == 1.0
 
 
+def test_the_scene_of_a_photograph_goes_on_beyond_its_frame(tmp_path):
+    """A blurred photograph whose left and right differ: taken for circular, the border is wrong by far."""
+    scene = torch.linspace(0.1, 0.9, 60).expand(1, 3, 40, 60)
+    blur = words.DeblurUniform(size=9, boundary="valid")
+    photo, truth = tmp_path / "photo.png", blur.framed(scene)
+    save_image(blur.simulate(scene, 0.0), photo)
+    errors = {}
+    for boundary in ("auto", "circular"):
+        fields = {"size": 9, "boundary": boundary}
+        result = run(photo, tmp_path / boundary, operator="deblur-uniform", operator_fields=fields, sigma=0.01)
+        mean = load_image(tmp_path / boundary / "out" / "mean.png")
+        assert mean.shape == truth.shape and result.record["size"] == [3, 32, 52]
+        errors[boundary] = float((mean - truth)[..., :4].square().mean().sqrt())
+    assert errors["auto"] < 0.12 and errors["circular"] > 0.25
+    record = json.loads((tmp_path / "auto" / "out" / "result.json").read_text())
+    assert record["operator"]["description"] == "deblur-uniform (boundary valid, size 9)"
+    assert Samples.load(tmp_path / "auto" / "out").x.shape == (3, 1, 3, 40, 60)  # the scene that was inferred
+
+
 def test_without_operator_the_choices_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"--operator, one of .*denoise"):
         run(write_png(tmp_path), tmp_path, operator=None)
@@ -184,8 +207,33 @@ def test_grey_in_grey_out(tmp_path, operator, simulate):
     for name in ("mean.png", "sample-00.png", "measurement.png", "interval-low.png"):
         assert Image.open(tmp_path / "out" / name).mode == "L"
     written = torch.from_numpy(np.array(Image.open(tmp_path / "out" / "sample-01.png"))) / 255
-    sample = luma(((Samples.load(tmp_path / "out").x[1, 0] + 1) / 2).clamp(0, 1))[0]
+    seen = words.get_operator(operator)() if simulate else words.get_operator(operator)().measured()
+    sample = seen.framed(luma(((Samples.load(tmp_path / "out").x[1, 0] + 1) / 2).clamp(0, 1)))[0]
     assert torch.allclose(sample, written, atol=0.5 / 255 + 1e-6)
+
+
+def test_a_grey_photograph_under_a_prior_of_one_channel_is_scored(tmp_path):
+    Image.fromarray(pixels(channels=1)).save(tmp_path / "g.png")
+    prior = PixelPrior()
+    prior.event_shape = (1, None, None)
+    record = restore(tmp_path / "g.png", tmp_path / "out", settings(simulate=True), prior=prior).record
+    assert record["psnr_measurement"] == pytest.approx(20, abs=0.6) and record["psnr_mean"] > record["psnr_sample"]
+    assert record["size"] == [1, 24, 32] and 0 < record["coverage90"] <= 1
+    for name in ("truth.png", "mean.png", "sample-00.png"):
+        assert Image.open(tmp_path / "out" / name).mode == "L"
+
+
+@pytest.mark.parametrize("grey", [True, False])
+def test_the_colour_profile_of_the_photograph_is_that_of_the_results(tmp_path, grey):
+    kind = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    kind = kind[:16] + b"GRAY" + kind[20:] if grey else kind
+    Image.fromarray(pixels(channels=1 if grey else 3)).save(tmp_path / "p.png", icc_profile=kind)
+    run(tmp_path / "p.png", tmp_path, simulate=True)
+    for name in ("measurement", "truth", "sample-00", "mean", "interval-low", "interval-high"):
+        assert Image.open(tmp_path / "out" / f"{name}.png").info["icc_profile"] == kind
+    assert "icc_profile" not in Image.open(tmp_path / "out" / "std.png").info
+    shown = re.search("image/png;base64,([^']*)", (tmp_path / "out" / "report.html").read_text())[1]
+    assert Image.open(io.BytesIO(base64.b64decode(shown))).info.get("icc_profile") == (None if grey else kind)
 
 
 @pytest.mark.parametrize("shape", [(7, 5), (1, 1), (9, 33)])
@@ -341,9 +389,43 @@ def test_the_command_repeats_the_run(tmp_path):
     assert words[:3] == ["fewstep", "restore", str(tmp_path / "a b.png")]
     for pair in (["--factor", "2"], ["--set", "steps=4"], ["--seed", "3"], ["--samples", "3"], ["--sigma", "0.1"]):
         assert any(words[i : i + 2] == pair for i in range(len(words)))
-    assert words[-1] == "--simulate"
+    assert words[-1] == "--simulate" and not {"--device", "--lpips-weights"} & set(words)
+    chosen = settings(device="cpu", lpips_weights="weights/lpips.pth")
+    words = shlex.split(command_line(tmp_path / "a.png", tmp_path, chosen))
+    for pair in (["--device", "cpu"], ["--lpips-weights", "weights/lpips.pth"]):
+        assert any(words[i : i + 2] == pair for i in range(len(words)))
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        *(({"samples": value}, "samples must be a whole number") for value in (2.5, float("nan"), "3")),
+        *(({"seed": value}, "seed must be a whole number") for value in (True, 1.0)),
+        ({"window": 100.5}, "window must be a whole number"),
+        *(({"sigma": value}, "sigma must be a number") for value in (True, "0.1")),
+        ({"level": "0.9"}, "level must be a number"),
+    ],
+)
+def test_settings_of_another_kind_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        settings(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "mmps", "method_fields": {"steps": 0}}, "MMPS needs at least one step"),
+        ({"method": "mmps", "method_fields": {"steps": 2.5}}, "MMPS needs at least one step, and whole ones"),
+        ({"method": "mmps", "method_fields": {"grid": "nope"}}, "unknown grid 'nope'"),
+        ({"method": "mmps", "method_fields": {"steps": 0}, "solver": "deis"}, "needs at least one step"),
+    ],
+)
+def test_steps_that_lead_nowhere_are_refused_before_the_photograph(changes, message):
+    with pytest.raises(ValueError, match=message):
+        build_sampler(settings(**changes))
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 def test_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "open_prior", lambda name: PixelPrior())
     folder = tmp_path / "in"
@@ -351,9 +433,12 @@ def test_folder(tmp_path, monkeypatch):
     for name in ("a.png", "b.png", "c.png"):
         write_png(folder, name)
     (folder / "bad.png").write_text("no image")
+    Image.fromarray(pixels()).save(folder / "cut.tif", save_all=True, append_images=[Image.fromarray(pixels())])
+    (folder / "cut.tif").write_bytes((folder / "cut.tif").read_bytes()[:2486])  # within the list of the second picture
     Image.fromarray(pixels()).save(folder / "a.jpg")
     results, failures = restore_folder(folder, tmp_path / "out", settings())
-    assert set(failures) == {"bad.png"} and "not an image" in failures["bad.png"]
+    assert set(failures) == {"bad.png", "cut.tif"} and "not an image" in failures["bad.png"]
+    assert "damaged or truncated" in failures["cut.tif"]
     assert names(tmp_path) == {"a-png", "a-jpg", "b", "c"} and len(results) == 4
     with pytest.raises(ValueError, match="unknown operator"):  # once, not for every photograph
         restore_folder(folder, tmp_path / "none", settings(operator="blurr"))

@@ -13,6 +13,7 @@ from fewstep.commands import sampling
 from fewstep.commands.sampling import Drawing, Source, contact_sheet
 from fewstep.core.samples import Samples
 from fewstep.metrics.classes import Classifier, ClassifierConfig
+from fewstep.priors.adm import AdmFlags, AdmUNet
 from fewstep.priors.loaders import load_prior
 from fewstep.priors.unet import UNetConfig, UNetDenoiser
 from fewstep.recipes.labelled import Labelled, LabelledBatches
@@ -219,12 +220,23 @@ def test_unknown_tuners_are_refused(fewstep, prior, tmp_path):
     code, _, err = fewstep("tune", prior, "--method", "asy", "--out", tmp_path / "s.json")
     assert code == 2 and "did you mean ays" in err
     code, _, err = fewstep("tune", prior, "--solver", "foo", "--out", tmp_path / "s.json")
-    assert code == 2 and "unknown method 'foo'" in err
+    assert code == 2 and "unknown solver 'foo'" in err
     code, _, err = fewstep("tune", prior, "--out", tmp_path)
     assert code == 2 and "is a folder" in err
     (tmp_path / "file").touch()
     code, _, err = fewstep("sample", prior, "--out", tmp_path / "file")
     assert code == 2 and "is a file" in err
+
+
+def test_the_classes_of_other_libraries_are_sampled(tmp_path):
+    flags = AdmFlags(channels=32, blocks=1, multipliers=(2,), attention=(), classes=2)
+    torch.save(AdmUNet(flags).state_dict(), tmp_path / "w.pt")
+    x = torch.zeros(1, 3, 8, 8)
+    problem = Source(str(tmp_path / "w.pt"), size=8, label=1, device="cpu").problem()
+    assert problem.denoise(x, torch.ones(())).shape == x.shape
+    for label, message in ((None, "needs a label"), (2, "classes from 0 to 1")):
+        with pytest.raises(ValueError, match=message):
+            Source(str(tmp_path / "w.pt"), size=8, label=label).problem()
 
 
 def test_a_prior_without_classes_says_so(tmp_path):

@@ -45,6 +45,27 @@ def test_table_entries_are_met_at_their_times():
     assert torch.allclose(alpha**2, a, rtol=1e-9) and torch.allclose(sigma**2, 1 - a, rtol=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        *(("Flow", {"u_max": value}) for value in (0.0, 1.0, 1.5, float("nan"))),
+        *(
+            (name, {"sigma_min": low})
+            for name in ("EDM", "VarianceExploding")
+            for low in (0.0, -1.0, 100.0, float("nan"))
+        ),
+        *((name, {"sigma_max": float("inf")}) for name in ("EDM", "VarianceExploding")),
+        *(("EDM", {"rho": value}) for value in (0.0, float("nan"))),
+        *(("Cosine", {"ratio_max": value}) for value in (0.0, float("inf"), float("nan"))),
+        *(("VariancePreserving", {name: -1.0}) for name in ("beta_min", "beta_max")),
+        *(("VariancePreserving", {name: float("nan")}) for name in ("beta_min", "beta_max")),
+    ],
+)
+def test_schedules_out_of_range_are_refused(name, fields):
+    with pytest.raises(ValueError, match="must"):
+        getattr(fewstep, name)(**fields)
+
+
 @pytest.mark.parametrize("table", [(0.9, 0.95), (0.9,), (1.0, 0.5), (0.5, float("nan"))])
 def test_bad_tables_are_refused(table):
     with pytest.raises(ValueError, match="alphas_cumprod"):

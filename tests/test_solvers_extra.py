@@ -117,7 +117,7 @@ def test_srds_drives_guided_samplers(guided):
 
 
 def test_srds_refuses():
-    for settings in ({"fine": 0}, {"tolerance": -1.0}):
+    for settings in ({"fine": 0}, {"tolerance": -1.0}, {"tolerance": float("nan")}):
         with pytest.raises(ValueError, match="positive"):
             SRDS(**settings)
 
@@ -213,6 +213,8 @@ def test_masf_converges_at_order_one(mixture):
 def test_masf_refuses():
     with pytest.raises(ValueError, match="weights"):
         MASF(low=(0.0, 1.0))
+    with pytest.raises(ValueError, match="low must be two weights"):
+        MASF(low=(1.0,))
     with pytest.raises(ValueError, match="even sides"):
         MASF(2)(flat(GaussianPrior(torch.zeros(1, 3, 4), torch.tensor(0.5)), dtype=torch.float32))
 
@@ -283,6 +285,34 @@ def test_rejected_items_do_not_depend_on_each_other(rule):
     assert torch.allclose(together.x[:5], solver(problem, 5, seed=3).x, atol=1e-12)
     assert not torch.allclose(together.x, solver(problem, 12, seed=4).x)
     assert together.nfe <= solver.nfe + 1e-9 and (solver.nfe_varies or together.nfe == pytest.approx(solver.nfe))
+
+
+class Labelled(Denoiser):
+    """The model of `rejection`, each item moved by a label of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.prior = rejection.model_problem().prior
+        self.schedule, self.event_shape = self.prior.schedule, self.prior.event_shape
+
+    def forward(self, x_t, t, label, scale):
+        assert len(x_t) == len(label)
+        return self.prior(x_t, t) + scale * label[:, None]
+
+
+@pytest.mark.parametrize("rule", ["redraw", "fresh", "restart", "backstep"])
+def test_rejected_items_keep_their_own_conditions(rule):
+    solver = rejection.rejecting(DiffRS(6, patience=5, grid="log_snr"), rule, rejection.true_bounds(6))
+    labels, seeds = torch.tensor([0.0, 0.3, -0.5], dtype=F64), [4, 5, 6]
+
+    def drawn(at, count=6):
+        conditions = {"label": labels[at], "scale": 0.5}
+        problem = Posterior(Labelled(), FlatLikelihood((1,), len(labels[at]), F64), conditions)
+        return solver(problem, count, seed=seeds[at]).x
+
+    together = drawn(slice(None))
+    for b in range(3):
+        assert torch.allclose(together[:, b : b + 1], drawn(slice(b, b + 1)), atol=1e-12)
 
 
 def test_patience_bounds_the_calls():

@@ -143,6 +143,9 @@ def test_bad_images_are_named(tmp_path):
         load_image(tmp_path / "b.png")
     with pytest.raises(ValueError, match="too small"):
         RandomCrops([coded(4, 5)], (CropShape(1, 5),))
+    assert load_image(tmp_path / "a.jpg", 4).shape == (3, 4, 5)
+    with pytest.raises(ValueError, match=r"a\.jpg has 5 x 4 pixels: too small for crops of 5"):
+        load_image(tmp_path / "a.jpg", 5)
 
 
 # ---- the loop -------------------------------------------------------------------------------------------------------
@@ -536,6 +539,8 @@ def test_train_prior_ends_with_a_prior_that_loads(tmp_path):
         ("precision: bf16", "precision: fp16", "precision"),
         ("{median: 0.3}", "[1]", "mapping"),
         ("{median: 0.3}", "{", "cannot be read as a recipe"),
+        ("[1, 32]", "[1, 300]", r"0\.png has \d+ x \d+ pixels: too small for crops of 300"),
+        ("size: 32", "size: 300", r"2\.png has \d+ x \d+ pixels: too small for crops of 300"),
     ],
 )
 def test_wrong_recipes_are_refused(tmp_path, old, new, match):
@@ -555,7 +560,7 @@ def test_numbers_of_a_recipe_may_be_written_as_elsewhere(tmp_path):
 
 
 def test_a_missing_recipe_is_named(tmp_path):
-    with pytest.raises(ValueError, match="cannot be read as a recipe"):
+    with pytest.raises(ValueError, match=r"cannot be read as a recipe.* digits, digits-classifier, natural,"):
         recipes.read_recipe(tmp_path / "none.yaml")
 
 

@@ -12,6 +12,7 @@ from fewstep.core.grid import GRIDS, times_of
 from fewstep.core.likelihood import FlatLikelihood
 from fewstep.core.problem import Posterior
 from fewstep.core.registry import get
+from fewstep.core.schedule import EDM, VarianceExploding
 from fewstep.priors.exact import GaussianPrior, MixturePrior
 from fewstep.solvers._decisions import Decision
 from fewstep.solvers.usf import USF
@@ -270,6 +271,29 @@ def test_times_of_genes_fall_whatever_they_are():
     for logs in ([9.0, 9.0, 1.0, 1.0, -5.0], [-2.0] * 5, [3.0, 2.0, 1.0, 0.0, -1.0]):
         times = search.times_of_logs(todo, torch.tensor(logs, dtype=F64))
         assert bool((times.diff() < 0).all()) and float(times[0]) == 1 and float(times[-1]) == 0
+
+
+@pytest.mark.parametrize("steps", [2, 6])
+@pytest.mark.parametrize("schedule", [EDM(sigma_min=0.0095), VarianceExploding()], ids=str)
+def test_tuned_times_stay_above_the_least_ratio(schedule, steps):
+    """Whatever genes and gaps ask for: the times fall strictly, and those that are possible are as they were asked for."""
+    todo = task(GaussianPrior(torch.zeros(2, dtype=F64), STD**2 * torch.eye(2, dtype=F64), schedule), steps)
+    logs = torch.tensor([0.5, 0.1, -6.0, -7.0, -7.0], dtype=F64)[1 - steps :]
+    gaps = torch.tensor([2.0, 2.0, 0.0, -9.0, 1.0], dtype=F64)[: steps - 1]
+    for times in (search.times_of_logs(todo, logs), ggdm.times_of_gaps(todo, gaps)):
+        assert len(times) == steps + 1 and float(times[0]) == 1 and float(times[-1]) == 0
+        assert bool((times.diff() < 0).all())
+    fine = torch.linspace(0.5, -0.5, steps - 1, dtype=F64)
+    torch.testing.assert_close(schedule.ratio(search.times_of_logs(todo, fine)[1:-1]).log(), fine)
+
+
+@pytest.mark.parametrize("tuner", range(3), ids=["ays", "ggdm", "s3"])
+@pytest.mark.parametrize("schedule", [EDM(sigma_min=0.0095), EDM(sigma_min=0.05), VarianceExploding()], ids=str)
+def test_tuners_run_where_no_ratio_is_small(schedule, tuner):
+    todo = task(GaussianPrior(torch.zeros(2, dtype=F64), STD**2 * torch.eye(2, dtype=F64), schedule), 6)
+    assert bool((schedule.time(AlignYourSteps().ratios(todo)) > 0).all()), "the network is asked at these times"
+    found = Tuning(SMALL[tuner], todo, "gaussian").run()
+    assert found.sampler()(todo.problem).x.shape == (1, 1, 2)
 
 
 # --- files and interruptions -------------------------------------------------------------------------------------------------------

@@ -397,6 +397,16 @@ def test_a_recipe_that_is_no_text_is_named(tmp_path):
         recipes.read_recipe(tmp_path / "r.yaml")
 
 
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [({"crops": [[2, 300]]}, "0"), ({"validation": {"images": 1, "size": 300, "steps": 1, "samples": 2}}, "2")],
+)
+def test_photographs_that_are_too_small_are_named(tmp_path, no_files, changes, name):
+    recipe, data = prepare(tmp_path, "full", **changes)
+    with pytest.raises(ValueError, match=rf"{name}\.png has \d+ x \d+ pixels: too small for crops of 300"):
+        recipes.train(recipe, data, tmp_path / "out")
+
+
 def test_missing_lpips_weights_are_named_on_the_command_line(tmp_path, monkeypatch, capsys):
     from fewstep import cli
     from fewstep.metrics import Missing

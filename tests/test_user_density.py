@@ -144,11 +144,48 @@ def test_a_score_of_ones_own():
     assert torch.allclose(array.log_prob(x), -0.5 * x.square().sum(1))
 
 
+def on_arrays(x):
+    return -0.5 * (np.asarray(x) ** 2).sum(-1)
+
+
+def row_of_arrays(x):
+    return -0.5 * float((np.asarray(x) ** 2).sum())
+
+
+def detached(x):
+    return -0.5 * (x.detach() ** 2).sum(-1)
+
+
+@pytest.mark.parametrize("function", [on_arrays, row_of_arrays, detached])
+@pytest.mark.parametrize("score", [lambda x: -x, lambda x: -np.asarray(x)])
+def test_a_function_that_autograd_cannot_see_into_has_the_gradient_of_its_score(function, score):
+    density = as_target(function, 4, score=score)
+    leaf = normals(5, 4).requires_grad_()
+    value = density.log_prob(leaf)
+    assert torch.allclose(value, -0.5 * leaf.square().sum(1))
+    assert torch.equal(torch.autograd.grad(value.sum(), leaf)[0], -leaf)
+    with torch.no_grad():  # a leaf still requires its gradient there, and numpy would refuse it
+        assert not density.log_prob(leaf).requires_grad and torch.equal(density.score(leaf), -leaf)
+
+
+def test_a_score_on_arrays_is_not_differentiated():
+    density = as_target(on_arrays, 2, score=lambda x: -np.asarray(x))
+    with pytest.raises(ValueError, match="score cannot be differentiated"):
+        density.score(normals(5, 2).requires_grad_())
+    with pytest.raises(ValueError, match="score cannot be differentiated"):
+        laplace(density)  # forward mode
+    with pytest.raises(ValueError, match=r"write it in torch.* \(not kl\)"):
+        fit(density, loss="kl", sampler="dis", train_steps=1, batch=32, whiten=False)
+
+
 def test_a_target_is_returned_as_it_is():
     funnel = target("funnel", dim=3)
     assert as_target(funnel) is funnel and as_target(funnel, 3) is funnel
     with pytest.raises(ValueError, match="dim = 3, not 4"):
         as_target(funnel, 4)
+    for more in ({"score": funnel.score}, {"support": np.zeros((2, 3))}, {"log_z": 0.0}):
+        with pytest.raises(ValueError, match="has its own score, support and log_z"):
+            as_target(funnel, **more)
 
 
 def test_scores_compose():
@@ -198,6 +235,27 @@ def test_clear_messages(function, error, said):
     with pytest.raises(error, match=said) as caught:
         as_target(function, 4)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ("nine_modes", r"fewstep\.target\('nine_modes'\)"),
+        (type(target("funnel")), "the class Funnel: give an object of it"),
+        (3.0, "a callable, got float"),
+    ],
+)
+def test_what_is_no_function_is_told(given, said):
+    for dim in (None, 2):
+        with pytest.raises(TypeError, match=said):
+            as_target(given, dim)
+
+
+def test_what_may_be_given_is_named_as_python_and_the_command_line_have_it():
+    with pytest.raises(ValueError, match=r"give score= .*--score"):
+        as_target(on_arrays, 2)
+    with pytest.raises(ValueError, match=r"give support= .*--low and --high"):
+        as_target(lambda x: (x - 1000).log().sum(-1), 2)
 
 
 def test_dim_is_asked_for_and_a_wrong_score_is_found():
@@ -260,6 +318,25 @@ def test_scores_that_are_nan_become_zero():
 
 
 # ---- boxes
+
+
+def test_supports_are_read():
+    def law(x):
+        return -x.sum(-1) + 0 * x.log().sum(-1)
+
+    for given in (
+        (0, None),
+        (0.0, math.inf),
+        ([0, 0, 0], [None, None, math.inf]),
+        np.array([[0.0] * 3, [math.inf] * 3]),
+    ):
+        density = as_target(law, 3, support=given, check=False)
+        low, high = (torch.as_tensor(end).expand(3).tolist() for end in density.support)
+        assert low == [0.0] * 3 and high == [math.inf] * 3
+    assert as_target(lambda x: x.sum(-1), 1, support=(None, 2.0)).support == (-math.inf, 2.0)
+    for wrong in ([(0, 1), (0, 1), (0, 1)], [(0, 1)], (0, 1, 2), ((0, 0), (1, 1))):
+        with pytest.raises(ValueError, match=r"\(low, high\), must be numbers or 3 of them, all lower ends first"):
+            as_target(law, 3, support=wrong)
 
 
 SUPPORT = (torch.tensor([0.0, -math.inf, 2.0, -math.inf]), torch.tensor([1.0, 3.0, math.inf, math.inf]))

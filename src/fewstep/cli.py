@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from typer.core import TyperGroup
 
+from fewstep.commands.benching import BenchCommand
 from fewstep.commands.density import density
 from fewstep.commands.extras import OperatorCommand, operator_options
 
@@ -181,6 +182,7 @@ def train(
     from fewstep import recipes
 
     recipes.train(recipe, data, out, steps, resume)
+    _say_written(out)
 
 
 @app.command()
@@ -195,6 +197,17 @@ def train_prior(
     from fewstep.recipes import train_prior as run
 
     run(recipe, data, out, steps, resume)
+    _say_written(out)
+
+
+def _say_written(out: Path) -> None:
+    """Print what a training wrote, on one of its processes."""
+    from fewstep.processes import process
+    from fewstep.recipes import written
+
+    if process().is_main_process:
+        for line in written(out):
+            console.print(escape(line), highlight=False)
 
 
 Size = Annotated[int | None, typer.Option(help="Height and width, where the prior takes any; 64 if absent.")]
@@ -265,12 +278,16 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter is one option
     samples: Annotated[list[int] | None, typer.Option(help="Samples per photograph, 16; repeatable.")] = None,
     limit: Annotated[int | None, typer.Option(help="The last photographs in sorted order, so many of them.")] = None,
     crop: Annotated[int, typer.Option(help="Side of the square in the middle of each, pixels.")] = 128,
-    recipe: Annotated[str | None, typer.Option(help="Whose operators to calibrate for; the sampler's if absent.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="Whose operators to calibrate for; the sampler's if absent.")
+    ] = None,
     apart: Annotated[
         list[str] | None, typer.Option(help="Field whose choices are calibrated apart; repeatable.")
     ] = None,
     assign: Annotated[list[str] | None, typer.Option("--set", help="field=value of ud2m; repeatable.")] = None,
-    worst: Annotated[float, typer.Option(help="Most that one photograph counts: share of its pixels that are missed.")] = 0.5,
+    worst: Annotated[
+        float, typer.Option(help="Most that one photograph counts: share of its pixels that are missed.")
+    ] = 0.5,
     seed: Annotated[int, typer.Option(help="Of measurements and samples.")] = 0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; a GPU where there is one.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for a copy of the sampler with calibration.json.")] = None,
@@ -292,9 +309,7 @@ def _bench(name: str, text: str) -> None:
         run(name, context.args)
 
     settings = {"allow_extra_args": True, "ignore_unknown_options": True}
-    bench.command(
-        name, help=f"{text} Options: --name value, see `fewstep.bench.{name}.main`.", context_settings=settings
-    )(command)
+    bench.command(name, cls=BenchCommand, help=text, context_settings=settings)(command)
 
 
 _bench("gaussian", "Distance to the exact posterior of Gaussian problems.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fewstep.images import read_photo
 
+T = TypeVar("T")
 SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
@@ -24,9 +25,16 @@ def list_images(folder: str | Path) -> list[Path]:
     return paths
 
 
-def load_image(path: Path) -> Tensor:
-    """Return one image as uint8, (3, H, W), as `images.read_photo` reads it; ValueError where it cannot."""
-    return (read_photo(path).x[0] * 255).round().to(torch.uint8)
+def load_image(path: Path, least: int = 1) -> Tensor:
+    """Return one image as uint8, (3, H, W), as `images.read_photo` reads it.
+
+    Raises:
+        ValueError: it cannot be read, or a side has fewer than `least` pixels.
+    """
+    x = read_photo(path).x[0]
+    if min(x.shape[-2:]) < least:
+        raise ValueError(f"{path} has {x.shape[-1]} x {x.shape[-2]} pixels: too small for crops of {least}")
+    return (x * 255).round().to(torch.uint8)
 
 
 def to_units(image: Tensor) -> Tensor:
@@ -60,10 +68,10 @@ class RandomCrops:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        largest = max(shape.size for shape in self.cycle)
+        size = largest(self.cycle)
         for number, image in enumerate(self.images):
-            if min(image.shape[-2:]) < largest:
-                raise ValueError(f"image {number} is {tuple(image.shape[-2:])}: too small for crops of {largest}")
+            if min(image.shape[-2:]) < size:
+                raise ValueError(f"image {number} is {tuple(image.shape[-2:])}: too small for crops of {size}")
 
     def count(self, step: int) -> int:
         """Return the number of items of this step, over all processes."""
@@ -92,7 +100,12 @@ def crop_shapes(pairs: Any) -> tuple[CropShape, ...]:
     return shapes
 
 
-def split(images: Sequence[Tensor], holdout: Any) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+def largest(cycle: Iterable[CropShape]) -> int:
+    """Return the side of the largest crops."""
+    return max(shape.size for shape in cycle)
+
+
+def split(images: Sequence[T], holdout: Any) -> tuple[Sequence[T], Sequence[T]]:
     """Return all but the last `holdout` images, and those; ValueError where one part would be empty."""
     if not isinstance(holdout, int) or not 0 < holdout < len(images):
         raise ValueError(f"holdout is {holdout!r}, but there are {len(images)} images, of which some must be left")

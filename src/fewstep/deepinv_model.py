@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fewstep.core.denoiser import Denoiser
 from fewstep.core.noise import Noise
-from fewstep.core.problem import Posterior
+from fewstep.core.problem import Posterior, check_prior
 from fewstep.core.sampler import Sampler
 from fewstep.operators.image import image_likelihood, to_unit
 
@@ -35,6 +35,9 @@ class DeepinvModel(nn.Module):
         self, sampler: Sampler, prior: Denoiser, samples: int = 1, seed: int = 0, chunk: int | None = None
     ) -> None:
         super().__init__()
+        if not isinstance(sampler, Sampler):
+            raise TypeError(f"the sampler must be a Sampler, got {sampler!r}; fewstep.get(name)() makes one")
+        check_prior(prior)
         if samples < 1:
             raise ValueError(f"samples must be at least 1, got {samples}")
         self.sampler, self.prior = sampler, prior
@@ -47,15 +50,13 @@ class DeepinvModel(nn.Module):
 
         Args:
             y: measurements of images in [0, 1], (B, *measurement).
-            physics: a deepinv `LinearPhysics` whose `noise_model.sigma` is the noise level of y, a number or (B,).
+            physics: a deepinv `LinearPhysics` whose `noise_model` is a `GaussianNoise`; its `sigma` is the noise level of y,
+                a number or (B,).
 
         Raises:
             ValueError: the noise is not Gaussian or its level 0, or y does not fit the operator.
         """
-        sigma = getattr(getattr(physics, "noise_model", None), "sigma", None)
-        if sigma is None:
-            raise ValueError(f"{type(physics).__name__} has no Gaussian noise model: noise_model.sigma is missing")
-        problem = Posterior(self.prior, image_likelihood(y, physics, sigma))
+        problem = Posterior(self.prior, image_likelihood(y, physics, gaussian_level(physics)))
         if self.training and torch.is_grad_enabled():
             return to_unit(self._differentiable(problem))
         return to_unit(self.sampler(problem, self.samples, seed=self.seed, chunk=self.chunk).mean).clamp(0, 1)
@@ -72,10 +73,27 @@ class DeepinvModel(nn.Module):
         return self.sampler.output(state).unflatten(0, (self.samples, -1)).mean(0)
 
 
+def gaussian_level(physics: Any) -> Tensor | float:
+    """Return the noise level of an operator with Gaussian noise, a number or (B,); ValueError for any other noise.
+
+    Other noise models have a `sigma` too, which is but a part of what they do, so their class decides.
+    """
+    noise = getattr(physics, "noise_model", None)
+    sigma = getattr(noise, "sigma", None)
+    if sigma is None or "GaussianNoise" not in (kind.__name__ for kind in type(noise).__mro__):
+        raise ValueError(
+            f"{type(physics).__name__} has no Gaussian noise model: noise_model must be a GaussianNoise with a sigma, "
+            f"got {type(noise).__name__}"
+        )
+    return sigma
+
+
 def as_deepinv(
     sampler: Sampler, prior: Denoiser, samples: int = 1, *, seed: int = 0, chunk: int | None = None
 ) -> DeepinvModel:
     """Return `sampler` as a deepinv reconstruction network, `model(y, physics)`, see `DeepinvModel`.
+
+    The prior and the networks of the sampler are parts of it, not copies: like the model, they are left in evaluation mode.
 
     Args:
         sampler: of `load_sampler`, or any other.

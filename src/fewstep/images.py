@@ -10,6 +10,7 @@ import io
 import logging
 import struct
 import warnings
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,11 @@ logger = logging.getLogger(__name__)
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".npy", ".safetensors")
 _GREY = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "F")
 _ALPHA = ("LA", "La", "RGBA", "RGBa", "PA")
+DAMAGE = (  # what Pillow raises on files that are damaged, cut short or no images at all
+    *(OSError, EOFError, SyntaxError, struct.error, zlib.error, LookupError, ArithmeticError),
+    *(TypeError, ValueError, AttributeError, RuntimeError, AssertionError),
+)
+TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,7 @@ class Photo:
         grey: the file has one channel; `x` holds it three times.
         jpeg: the file is a JPEG.
         notes: what was done to the pixels, one line each, for the report.
+        profile: the ICC profile that says what the pixels mean as colours, None where there is none for them.
     """
 
     x: Tensor
@@ -45,6 +52,7 @@ class Photo:
     grey: bool = False
     jpeg: bool = False
     notes: tuple[str, ...] = ()
+    profile: bytes | None = None
 
 
 def load_image(path: str | Path) -> Tensor:
@@ -66,27 +74,17 @@ def read_photo(path: str | Path) -> Photo:
     _check_file(path)
     if path.suffix.lower() in (".npy", ".safetensors"):
         return _read_array(path)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                image.load()
-                return _from_pil(image, path)
-    except UnidentifiedImageError:
-        raise ValueError(f"{path} is not an image that can be read") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ValueError(f"{path} is too large: {' '.join(str(error).split())}") from None
-    except (OSError, SyntaxError, EOFError, struct.error) as error:
-        raise ValueError(f"{path} is damaged or truncated ({error})") from None
+    return _from_pil(*_decoded(path), path)
 
 
-def save_image(x: Tensor, path: str | Path, *, grey: bool = False) -> None:
+def save_image(x: Tensor, path: str | Path, *, grey: bool = False, profile: bytes | None = None) -> None:
     """Write an image as an 8-bit PNG, atomically; values are rounded and clipped to [0, 1].
 
     Args:
         x: ([1,] C, H, W) with C = 1 or 3, in [0, 1].
         path: where to.
         grey: write one channel, the mean over channels.
+        profile: the ICC profile of the pixels.
 
     Raises:
         ValueError: another shape, or values that are not finite.
@@ -99,18 +97,20 @@ def save_image(x: Tensor, path: str | Path, *, grey: bool = False) -> None:
     if not bool(torch.isfinite(x).all()):
         raise ValueError(f"an image with NaN or infinite values cannot be written to {path}")
     pixels = (x.float().clamp(0, 1) * 255).round_().to(torch.uint8).permute(1, 2, 0).numpy()
-    write_bytes(Path(path), png_bytes(pixels))
+    write_bytes(Path(path), png_bytes(pixels, profile))
 
 
-def png_bytes(pixels: np.ndarray) -> bytes:
-    """Return 8-bit pixels, (H, W, 1 or 3), as a PNG file."""
-    buffer = io.BytesIO()
-    Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(buffer, "png", compress_level=4)
+def png_bytes(pixels: np.ndarray, profile: bytes | None = None) -> bytes:
+    """Return 8-bit pixels, (H, W, 1 or 3), as a PNG file with the ICC profile `profile`."""
+    buffer, image = io.BytesIO(), Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+    image.save(buffer, "png", compress_level=4, icc_profile=profile)
     return buffer.getvalue()
 
 
 def list_photos(folder: str | Path) -> list[Path]:
     """Return the image files of a folder in sorted order; ValueError where there are none."""
+    if not Path(folder).is_dir():
+        raise ValueError(f"{folder} is not a folder")
     paths = sorted(p for p in Path(folder).iterdir() if p.is_file() and p.suffix.lower() in SUFFIXES)
     if not paths:
         raise ValueError(f"no images ({', '.join(SUFFIXES)}) in {folder}")
@@ -126,25 +126,56 @@ def _check_file(path: Path) -> None:
         raise ValueError(f"{path} is empty")
 
 
-def _from_pil(image: Image.Image, path: Path) -> Photo:
+def _decoded(path: Path) -> tuple[Image.Image, Image.Image, int]:
+    """Return the first picture of a file, the same upright, and how many there are; ValueError where Pillow cannot."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                count = getattr(image, "n_frames", 1)  # before the pixels: it may walk through the file
+                image.load()
+                return image, ImageOps.exif_transpose(image), count
+    except UnidentifiedImageError:
+        raise ValueError(f"{path} is not an image that can be read") from None
+    except TOO_LARGE as error:
+        raise ValueError(f"{path} is too large: {' '.join(str(error).split())}") from None
+    except DAMAGE as error:
+        raise ValueError(f"{path} is damaged or truncated ({' '.join(str(error).split())})") from None
+
+
+def _from_pil(image: Image.Image, upright: Image.Image, count: int, path: Path) -> Photo:
     jpeg, grey, notes = image.format in {"JPEG", "MPO"}, image.mode in _GREY, []
-    upright = ImageOps.exif_transpose(image)
+    if image.format == "TIFF" and image.mode == "I":
+        raise ValueError(
+            f"{path} holds integers of 32 bits or with a sign, whose white is unknown; store 16 bits or floats"
+        )
+    clear = image.mode in _ALPHA or "transparency" in image.info
     if orientation_of(image) != 1:
         notes.append("turned upright as its EXIF orientation says")
-    if image.mode in _ALPHA or "transparency" in image.info:
+    if clear:
         notes.append("transparency was composited on white")
-    elif grey:
+    if grey:
         notes.append("grey: restored as the luma of a colour image; every output is grey")
-    elif image.mode != "RGB":
+    elif image.mode != "RGB" and not clear:
         notes.append(f"converted from {image.mode} to RGB")
     if not grey and _deep_png(path):
         notes.append("its 16 bits per channel were read as 8")
-    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
-        notes.append(f"the first of its {image.n_frames} pictures was taken")  # type: ignore[attr-defined]
+    if count > 1 and image.format != "MPO":
+        notes.append(f"the first of its {count} pictures was taken")
+    profile = _profile(image, grey)
+    if image.info.get("icc_profile") and profile is None:
+        notes.append(f"its colour profile was not kept: it is none of {'grey' if grey else 'RGB'} images")
     for note in notes:
         logger.info("%s: %s", path, note)
     pixels = torch.from_numpy(_to_array(upright, path)).permute(2, 0, 1)[None]
-    return Photo(pixels.expand(1, 3, -1, -1).contiguous(), path, grey, jpeg, tuple(notes))
+    return Photo(pixels.expand(1, 3, -1, -1).contiguous(), path, grey, jpeg, tuple(notes), profile)
+
+
+def _profile(image: Image.Image, grey: bool) -> bytes | None:
+    """Return the ICC profile of an image where it is one of the pixels as they are written: grey, or RGB."""
+    found = image.info.get("icc_profile")
+    fits = isinstance(found, bytes) and found[36:40] == b"acsp" and found[16:20] == (b"GRAY" if grey else b"RGB ")
+    return found if fits else None
 
 
 def orientation_of(image: Image.Image) -> int:
@@ -163,7 +194,7 @@ def _deep_png(path: Path) -> bool:
 def _to_array(image: Image.Image, path: Path) -> np.ndarray:
     """Return (H, W, 1 or 3) float32 in [0, 1]."""
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        return _deep(np.asarray(image, dtype=np.float32), image.mode, path)[..., None]
+        return _deep(image, path)[..., None]
     if image.mode in _ALPHA or "transparency" in image.info:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba).convert("RGB")
@@ -172,14 +203,16 @@ def _to_array(image: Image.Image, path: Path) -> np.ndarray:
     return array[..., None] if mode == "L" else array
 
 
-def _deep(array: np.ndarray, mode: str, path: Path) -> np.ndarray:
-    """Scale integers of 16 bits by 65535; floats must already lie in [0, 1]."""
+def _deep(image: Image.Image, path: Path) -> np.ndarray:
+    """Return (H, W): integers of 16 bits over 65535, the transparent one white; floats must already lie in [0, 1]."""
+    array, mode = np.array(image, dtype=np.float32), image.mode
     scaled = array if mode == "F" else array / 65535
     if not np.isfinite(scaled).all():
         raise ValueError(f"{path} holds NaN or infinite values")
     if scaled.min() < 0 or scaled.max() > 1:
         kind = "floating-point values outside [0, 1]" if mode == "F" else "more than 16 bits per pixel"
         raise ValueError(f"{path} holds {kind}; rescale it")
+    scaled[array == image.info.get("transparency")] = 1
     return scaled
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+_LISTS = (tuple, list, Sequence)
+_KINDS = {bool: "BOOL", int: "INT", float: "FLOAT", Path: "PATH", str: "TEXT"}
 
 
 def typed_fields(cls: type, values: Mapping[str, Any], owner: str) -> dict[str, Any]:
@@ -34,6 +37,48 @@ def typed_arguments(function: Callable[..., Any], values: Mapping[str, Any], own
     """Return `values` with strings converted to the types of the parameters of a function; see `typed_fields`."""
     hints = typing.get_type_hints(function)
     return _typed({name: name for name in inspect.signature(function).parameters}, hints, values, owner)
+
+
+@dataclasses.dataclass(frozen=True)
+class Argument:
+    """A parameter of a function as one option.
+
+    Attributes:
+        name: of the parameter.
+        kind: what is to be given, "INT" say.
+        default: `inspect.Parameter.empty` where there is none.
+        text: what the docstring says of it.
+    """
+
+    name: str
+    kind: str
+    default: Any
+    text: str
+
+
+def described_arguments(function: Callable[..., Any]) -> list[Argument]:
+    """Return the parameters of a function with the texts of the section "Args" of its docstring."""
+    hints, section = typing.get_type_hints(function), (inspect.getdoc(function) or "").partition("Args:\n")[2]
+    entries = re.findall(r"^ {4}(\w+): (.*(?:\n {5,}.*)*)", section.partition("\n\n")[0], re.MULTILINE)
+    texts = {name: " ".join(text.split()) for name, text in entries}
+    parameters = inspect.signature(function).parameters.values()
+    return [Argument(p.name, _kind(hints.get(p.name, str)), p.default, texts.get(p.name, "")) for p in parameters]
+
+
+def written_as(value: Any) -> str | None:
+    """Return a value as it is written on the command line; None where there is nothing to write."""
+    if isinstance(value, list | tuple):
+        return ",".join(map(str, value)) or None
+    return None if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def known_fields(cls: type, values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return `values` as they are; TypeError, with a suggestion, where a name is no field of the dataclass."""
+    names = [f.name for f in dataclasses.fields(cls) if f.init]
+    for name in values:
+        if name not in names:
+            raise TypeError(f"unexpected keyword argument {name!r} of {cls.__name__}; {suggestion(name, names)}")
+    return values
 
 
 def flag_of(field: dataclasses.Field[Any]) -> str:
@@ -102,10 +147,20 @@ def _alternatives(hint: Any) -> list[Any]:
     return sorted(members, key=lambda kind: order.get(kind, 4))
 
 
+def _kind(hint: Any) -> str:
+    """Return what a value of a type looks like, "INT" or "TEXT,..." say: the first of a union that words can be."""
+    for kind in _alternatives(hint):
+        if typing.get_origin(kind) in _LISTS:
+            return f"{_kind(typing.get_args(kind)[0])},..."
+        if kind in _KINDS:
+            return _KINDS[kind]
+    return "TEXT"
+
+
 def _parse(value: str, kind: Any) -> Any:
     """Return `value` as a `kind`; ValueError where it is none."""
     origin, inner = typing.get_origin(kind), [a for a in typing.get_args(kind) if a is not Ellipsis]
-    if origin in (tuple, list, Sequence):
+    if origin in _LISTS:
         parts = [part.strip() for part in value.split(",") if part.strip()]
         kinds = inner * len(parts) if len(inner) == 1 else inner
         return tuple(_parse(part, k) for part, k in zip(parts, kinds, strict=True))
@@ -113,7 +168,7 @@ def _parse(value: str, kind: Any) -> Any:
         return _choice(value.lower(), {"none": None, "null": None})
     if kind is bool:
         return _choice(value.lower(), {**dict.fromkeys(_TRUE, True), **dict.fromkeys(_FALSE, False)})
-    if kind not in (int, float, str, Path):
+    if kind not in _KINDS:
         raise ValueError(value)
     return kind(value)
 

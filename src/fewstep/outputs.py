@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,11 +21,31 @@ from fewstep.images import save_image
 from fewstep.metrics import coverage, lpips, psnr, ssim
 from fewstep.store import Summary
 
-RESULT, REPORT = "result.json", "report.html"
+RESULT, REPORT, SIMULATED = "result.json", "report.html", "simulation.json"
 _OURS = re.compile(
     r"(sample-\d{2,}|mean|std|measurement|truth|interval-(low|high|width))\.png|samples\.safetensors|report\.html|result\.json"
 )
 _PACKAGES = ("torch", "deepinv", "diffusers", "torchmetrics", "lpips")
+
+
+class Kind(NamedTuple):
+    """What a run leaves in its folder.
+
+    Attributes:
+        name: of the run, in words.
+        record: the file that tells such a folder from others.
+        files: the names of what it writes, the record among them.
+    """
+
+    name: str
+    record: str
+    files: re.Pattern[str]
+
+
+RESTORATION = Kind("restoration", RESULT, _OURS)
+SIMULATION = Kind(
+    "simulation", SIMULATED, re.compile(r"measurement\.(png|jpg|safetensors)|truth\.png|simulation\.json")
+)
 
 
 @dataclass
@@ -74,13 +94,14 @@ class Truth:
         return out
 
 
-def check_free(folder: Path, source: Path) -> None:
-    """Raise ValueError where a restoration of `source` into `folder` would replace it, or a file that none wrote."""
-    if source.resolve().parent == folder.resolve() and _OURS.fullmatch(source.name):
+def check_free(folder: Path, source: Path, kind: Kind = RESTORATION) -> None:
+    """Raise ValueError where a run from `source` into `folder` would replace it, or a file that no run of its kind wrote."""
+    if source.resolve().parent == folder.resolve() and kind.files.fullmatch(source.resolve().name):
         raise ValueError(f"{source} would be replaced by a file of the result: choose another folder than {folder}")
-    others = [] if (folder / RESULT).is_file() else [p.name for p in folder.iterdir() if _OURS.fullmatch(p.name)]
+    known = (folder / kind.record).is_file()
+    others = [] if known else [p.name for p in folder.iterdir() if kind.files.fullmatch(p.name)]
     if others:
-        raise ValueError(f"{folder} holds {min(others)}, which no restoration wrote: choose another folder")
+        raise ValueError(f"{folder} holds {min(others)}, which no {kind.name} wrote: choose another folder")
 
 
 def clear(folder: Path) -> None:
@@ -100,13 +121,13 @@ def write_json(path: Path, record: dict[str, Any]) -> None:
     write_bytes(path, (json.dumps(_finite(record), indent=2) + "\n").encode())
 
 
-def write_summary(folder: Path, summary: Summary, grey: bool) -> dict[str, float]:
+def write_summary(folder: Path, summary: Summary, grey: bool, profile: bytes | None = None) -> dict[str, float]:
     """Write mean, standard deviation and interval as images; return, for the maps, the value that white stands for."""
-    save_image(summary.mean, folder / "mean.png", grey=grey)
+    save_image(summary.mean, folder / "mean.png", grey=grey, profile=profile)
     if summary.std is None or summary.lower is None or summary.upper is None:
         return {}
-    save_image(summary.lower, folder / "interval-low.png", grey=grey)
-    save_image(summary.upper, folder / "interval-high.png", grey=grey)
+    save_image(summary.lower, folder / "interval-low.png", grey=grey, profile=profile)
+    save_image(summary.upper, folder / "interval-high.png", grey=grey, profile=profile)
     return {
         "std.png": write_map(folder / "std.png", std_map(summary)),
         "interval-width.png": write_map(folder / "interval-width.png", width_map(summary)),

@@ -44,7 +44,7 @@ pre { background: var(--soft); padding: .8rem 1rem; border-radius: 4px; overflow
 
 @dataclass(frozen=True)
 class Picture:
-    """An image with its caption; `x` is (1, 3, H, W) in [0, 1]."""
+    """An image with its caption; `x` is (1, 1 or 3, H, W) in [0, 1]."""
 
     caption: str
     x: Tensor
@@ -72,6 +72,7 @@ class Report:
         limit: what the method converges to.
         reference: its publication.
         warnings: lines that the reader must not miss.
+        profile: the ICC profile of the pictures.
     """
 
     title: str
@@ -83,12 +84,13 @@ class Report:
     limit: str
     reference: Reference
     warnings: Sequence[str] = field(default_factory=tuple)
+    profile: bytes | None = None
 
 
 def render(report: Report) -> str:
     """Return the report as one self-contained HTML page."""
     parts = [
-        "<h2>Images</h2>" + html_gallery([_picture(p) for p in report.pictures]),
+        "<h2>Images</h2>" + html_gallery([_picture(p, report.profile) for p in report.pictures]),
         _uncertainty(report),
         "<h2>Results</h2>" + html_table(report.table),
         f"<h2>What these samples are</h2><p>{escape(report.limit)}</p>",
@@ -155,7 +157,8 @@ def crop_figure(pictures: Sequence[Picture], maps: Sequence[Map]) -> bytes:
     figure = Figure(figsize=(2.6 * per_row, 2.8 * lines), layout="constrained")
     for number, picture in enumerate(alike):
         axes = figure.add_subplot(lines, per_row, number + 1)
-        axes.imshow(picture.x[0, :, rows, columns].clamp(0, 1).permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
+        crop = picture.x[0, :, rows, columns].clamp(0, 1).expand(3, -1, -1).permute(1, 2, 0)
+        axes.imshow(crop.cpu().numpy(), interpolation="nearest")
         axes.set_title(_short(picture.caption), fontsize=9)
         axes.set_axis_off()
     axes = figure.add_subplot(lines, per_row, len(alike) + 1)
@@ -175,9 +178,9 @@ def _uncertainty(report: Report) -> str:
     return f"<h2>Uncertainty</h2>{html_gallery(maps)}<h2>Detail</h2>{crop}"
 
 
-def _picture(picture: Picture) -> str:
+def _picture(picture: Picture, profile: bytes | None) -> str:
     pixels = (shrink(picture.x)[0].clamp(0, 1) * LEVELS).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
-    return html_figure(png_bytes(pixels), picture.caption)
+    return html_figure(png_bytes(pixels, profile), picture.caption)
 
 
 def html_figure(png: bytes, caption: str, kind: str = "picture") -> str:

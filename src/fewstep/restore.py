@@ -15,7 +15,6 @@ from torch import Tensor
 from fewstep.calibrated import Asked, Verdict, judge
 from fewstep.core.denoiser import Denoiser
 from fewstep.core.files import write_bytes
-from fewstep.core.likelihood import Likelihood
 from fewstep.core.problem import Posterior
 from fewstep.core.sampler import Sampler, settings
 from fewstep.core.signals import stop_signals
@@ -111,7 +110,7 @@ def restore(
     device = pick_device(chosen.device)
     task = prepare(photo, chosen, device)
     denoiser = _windowed(prior or open_prior(chosen.prior), chosen.window).to(device)
-    task = replace(task, likelihood=_in_channels(task.likelihood, denoiser))
+    task = _in_channels(task, denoiser)
     problem = Posterior(denoiser, task.likelihood)
     sampler.check(problem, chosen.samples)
     if chosen.lpips_weights is not None and not Path(chosen.lpips_weights).exists():
@@ -208,21 +207,28 @@ class _Run:
             with stop_signals() as stopped:  # what is drawn is summarised in any case
                 verdict = self._verdict(store.count)
                 calibration = verdict.calibration if verdict else None
-                summary = store.summary(self.output, self.chosen.level, calibration) if store.count else None
+                whole = store.summary(self.output, self.chosen.level, calibration) if store.count else None
+                summary = None if whole is None else self._framed(whole)
             interrupted = interrupted or stopped()
         record = self._record(store, summary, interrupted, verdict)
         if summary is None:
             if (self.folder / RESULT).is_file():
                 return Result(self.folder, record, None)  # what an earlier run wrote stays
             self._begin()
-        self._write_report(record, summary)
         write_json(self.folder / RESULT, record)
+        self._write_report(record, summary)
         return Result(self.folder, record, summary)
 
     def output(self, x: Tensor) -> Tensor:
         """Return samples, (..., 3, H, W), as what is delivered: in [0, 1], and grey where the photograph is."""
         x = to_unit(x).clamp(0, 1)
         return luma(x).expand_as(x) if self.task.photo.grey else x
+
+    def _framed(self, summary: Summary) -> Summary:
+        """Return the statistics within the frame of the photograph; what lies beyond it is only in the samples."""
+        framed = self.task.word.framed
+        others = (None if x is None else framed(x) for x in (summary.std, summary.lower, summary.upper))
+        return Summary(framed(summary.mean), *others)
 
     def _verdict(self, count: int) -> Verdict | None:
         """Return what is known of the intervals of `count` samples; None where the method is no trained sampler."""
@@ -239,8 +245,8 @@ class _Run:
             if not store.count:
                 self._begin()
             for number, x in enumerate(part.x, part.first):
-                sample = self.output(x.float().cpu())
-                save_image(sample, self.folder / f"sample-{number:02d}.png", grey=self.task.photo.grey)
+                sample = self.task.word.framed(self.output(x.float().cpu()))
+                self._save(sample, f"sample-{number:02d}.png")
                 self.scores.see(sample)
                 self.sample = sample if self.sample is None else self.sample
             store.append(part)
@@ -250,9 +256,13 @@ class _Run:
         task = self.task
         clear(self.folder)
         write_json(self.folder / RESULT, {"input": str(task.photo.path), "num_samples": 0, "interrupted": True})
-        save_image(task.shown, self.folder / "measurement.png", grey=task.photo.grey)
+        self._save(task.shown, "measurement.png")
         if task.truth is not None:
-            save_image(task.truth, self.folder / "truth.png", grey=task.photo.grey)
+            self._save(task.truth, "truth.png")
+
+    def _save(self, x: Tensor, name: str) -> None:
+        photo = self.task.photo
+        save_image(x, self.folder / name, grey=photo.grey, profile=photo.profile)
 
     def _chunk(self) -> int:
         """Return how many samples run together: the bound on memory, without any effect on the result."""
@@ -268,13 +278,13 @@ class _Run:
         self, store: SampleStore, summary: Summary | None, interrupted: bool, verdict: Verdict | None
     ) -> dict[str, Any]:
         task, chosen = self.task, self.chosen
-        maps = write_summary(self.folder, summary, task.photo.grey) if summary else {}
+        maps = write_summary(self.folder, summary, task.photo.grey, task.photo.profile) if summary else {}
         return {
             "input": str(task.photo.path),
-            "size": list(task.likelihood.event_shape),
+            "size": list(task.baseline.shape[1:]),
             "method": {"name": chosen.method, **settings(self.sampler)},
             "exact": self.sampler.exact,
-            "operator": {"name": task.word.word, "description": task.word.describe()},
+            "operator": {"name": task.word.word, "description": task.word.seen(task.y).describe()},
             "sigma": task.sigma,
             "prior": chosen.prior,
             "seed": chosen.seed,
@@ -319,8 +329,9 @@ class _Run:
             limit=f"{self.chosen.method} converges to: {self.sampler.limit}.",
             reference=self.sampler.reference,
             warnings=_warnings(record, self.sampler),
+            profile=None if self.task.photo.grey else self.task.photo.profile,  # the report is in RGB
         )
-        write_bytes(self.folder / REPORT, render(report).encode())
+        write_bytes(self.folder / REPORT, render(report).encode(errors="replace"))  # names may be no valid UTF-8
 
 
 def _warnings(record: dict[str, Any], sampler: Sampler) -> list[str]:
@@ -354,14 +365,15 @@ def _windowed(prior: Denoiser, window: int) -> Denoiser:
     return Windowed(prior, window) if None in prior.event_shape else prior
 
 
-def _in_channels(likelihood: Likelihood, prior: Denoiser) -> Likelihood:
-    """Return the likelihood for the channels of the prior: a grey one becomes one of the luma of colour images."""
-    given, wanted = likelihood.event_shape[0], prior.event_shape[0]
+def _in_channels(task: Task, prior: Denoiser) -> Task:
+    """Return the task in the channels of the prior: a grey likelihood becomes one of the luma of colour images."""
+    given, wanted = task.likelihood.event_shape[0], prior.event_shape[0]
     if given == 1 and wanted == 3:
-        return in_colour(likelihood)
+        return replace(task, likelihood=in_colour(task.likelihood))
     if given != wanted:
         raise ValueError(f"the prior is of {wanted} channels, the measurement of an image of {given}")
-    return likelihood
+    truth = None if task.truth is None else task.truth[:, :wanted]  # a grey image is held as three equal channels
+    return replace(task, truth=truth, baseline=task.baseline[:, :wanted])
 
 
 def _names(photos: list[Path]) -> dict[Path, str]:

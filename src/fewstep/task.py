@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from torch import Tensor
 
 from fewstep.core.driven import Driven
 from fewstep.core.files import read_header
+from fewstep.core.grid import times_of
 from fewstep.core.likelihood import Likelihood
 from fewstep.core.registry import get
-from fewstep.core.sampler import Sampler
+from fewstep.core.sampler import DiffusionSampler, Sampler
+from fewstep.core.schedule import VariancePreserving
 from fewstep.images import Photo
 from fewstep.operators.estimate import estimate_sigma
 from fewstep.operators.words import Operator, get_operator, operators
@@ -29,6 +32,7 @@ TRAINED, UNTRAINED = "ud2m", "latino"  # default methods for a prior with and wi
 DEFAULT_PRIOR = "natural"
 PHOTO, PAPER = "photo", "paper"  # a method's settings for photographs, where it has some, go before the paper's
 QUANTISATION = 1 / 255 / math.sqrt(12)  # standard deviation of the rounding to 8 bits
+OTHERWISE = ("method", "method_fields", "operator_fields", "simulate")  # settings that no "--name value" gives
 JPEG = "jpeg"  # the operator of a photograph that is itself a JPEG file
 
 
@@ -73,6 +77,9 @@ class Settings:
     device: str | None = None
 
     def __post_init__(self) -> None:
+        _check_kind(self, Integral, "a whole number", "samples", "window")
+        _check_kind(self, int, "a whole number", "seed")  # it is written to JSON
+        _check_kind(self, Real, "a number", "level", *(["sigma"] if self.sigma is not None else []))
         if self.sigma is not None and not (math.isfinite(self.sigma) and self.sigma >= 0):
             raise ValueError(f"sigma must be finite and not negative, got {self.sigma}")
         if self.sigma is not None and self.sigma > 1:
@@ -83,7 +90,7 @@ class Settings:
             raise ValueError(f"level must lie in (0, 1), got {self.level}")
         if self.window <= 64:
             raise ValueError(f"windows must have more than 64 pixels per side, got {self.window}")
-        if not isinstance(self.seed, int) or self.seed < 0:
+        if self.seed < 0:
             raise ValueError(f"seed must be a number from 0, got {self.seed}")
 
 
@@ -129,10 +136,11 @@ def build_sampler(chosen: Settings) -> Sampler:
     sampler = cls.preset(chosen.preset or (PHOTO if PHOTO in cls.presets else PAPER), **values)
     if isinstance(sampler, UnfoldedSampler) and sampler.folder is not None:
         _check_prior(sampler.folder, chosen.prior)
-    if not driven:
-        return sampler
-    steps = {name: value for name, value in chosen.method_fields.items() if name not in own}
-    return Driven(sampler, solver_of(chosen.solver, chosen.schedule, steps))
+    if driven:
+        steps = {name: value for name, value in chosen.method_fields.items() if name not in own}
+        sampler = Driven(sampler, solver_of(chosen.solver, chosen.schedule, steps))
+    _check_steps(sampler)
+    return sampler
 
 
 def settled(chosen: Settings, word: Operator) -> Settings:
@@ -149,6 +157,22 @@ def default_method(prior: str) -> str:
     """Return the method that is used where neither the user nor the operator names one."""
     trained = (read_header(find_network(name)).get("prior") for name in available_networks())
     return TRAINED if prior in trained else UNTRAINED
+
+
+def _check_kind(chosen: Settings, kind: type, what: str, *names: str) -> None:
+    """Raise ValueError unless the settings called `names` are of a kind, which a truth value is not."""
+    for name in names:
+        value = getattr(chosen, name)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise ValueError(f"{name} must be {what}, got {value!r}")
+
+
+def _check_steps(sampler: Sampler) -> None:
+    """Raise ValueError where the steps of a sampler or its grid are none, whatever the prior."""
+    if not isinstance(sampler.steps, int) or sampler.steps < 1:
+        raise ValueError(f"{type(sampler).__name__} needs at least one step, and whole ones, got {sampler.steps!r}")
+    if isinstance(sampler, DiffusionSampler):
+        times_of(sampler.grid, VariancePreserving(), sampler.steps)
 
 
 def _check_prior(folder: Path, prior: str) -> None:
@@ -174,8 +198,8 @@ def prepare(photo: Photo, chosen: Settings, device: torch.device) -> Task:
         ValueError: no operator for a file that is not a JPEG, or one that does not fit the image.
     """
     word = word_of(photo, chosen)
-    photo = _fitted(word, photo) if chosen.simulate else photo
-    truth = photo.x if chosen.simulate else None
+    word, photo = (word, _fitted(word, photo)) if chosen.simulate else (word.measured(), photo)
+    truth = word.framed(photo.x) if chosen.simulate else None
     y = _simulated(word, photo, chosen) if chosen.simulate else _read(word, photo)
     sigma = _known_sigma(word, y, chosen)
     level = sigma if sigma is None or word.noise == "none" else max(sigma, QUANTISATION)
@@ -191,10 +215,10 @@ def prepare(photo: Photo, chosen: Settings, device: torch.device) -> Task:
 def command_line(path: Path, out: Path, chosen: Settings) -> str:
     """Return the line that repeats this run."""
     words = ["fewstep", "restore", str(path), "--out", str(out), "--method", chosen.method]
-    for flag in ("operator", "sigma", "preset", "solver", "schedule", "samples", "seed", "prior", "level", "window"):
-        value = getattr(chosen, flag)
-        if value is not None and value != Settings.__dataclass_fields__[flag].default:
-            words += [f"--{flag}", str(value)]
+    for option in fields(chosen):
+        value = getattr(chosen, option.name)
+        if option.name not in OTHERWISE and value is not None and value != option.default:
+            words += [f"--{option.name.replace('_', '-')}", str(value)]
     for name, value in chosen.operator_fields.items():
         words += [f"--{name.replace('_', '-')}", str(value)]
     for name, value in chosen.method_fields.items():

@@ -126,8 +126,8 @@ def main(  # noqa: PLR0913 - one parameter is one option
     plan = Plan(samples=(samples,), crop=crop, worst=worst, seed=seed, chunk=chunk)
     if fitted < 1:
         raise ValueError(f"photographs of calibration are needed, got fitted = {fitted}")
-    before = [load_image(path) for path in list_images(calibration)[-fitted:]]
-    after = [load_image(path) for path in list_images(folder)[:limit]]
+    before = [load_image(path, crop) for path in list_images(calibration)[-fitted:]]
+    after = [load_image(path, crop) for path in list_images(folder)[:limit]]
     plan.check(len(before))
     setup = Setup(resolve_prior(prior), before, after, plan)
     pixels = sum(int(x.long().sum()) for x in (*before, *after))

@@ -5,9 +5,24 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
 
-from fewstep.options import pairs, typed_arguments
+import typer
+from rich.markup import escape
+from typer.core import TyperCommand
+
+from fewstep.commands.extras import made_options
+from fewstep.options import described_arguments, pairs, typed_arguments, written_as
+
+
+class BenchCommand(TyperCommand):
+    """A benchmark, whose help lists the parameters of its `main`; only that help and the run itself import it."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Print the help."""
+        self.params = [*self.params, *_options(_main(str(self.name)))]
+        super().format_help(ctx, formatter)
 
 
 def run(name: str, words: Sequence[str]) -> None:
@@ -16,10 +31,7 @@ def run(name: str, words: Sequence[str]) -> None:
     Raises:
         ValueError: there is no such benchmark, it has no such option, or it lacks one that it needs.
     """
-    module = f"fewstep.bench.{name}"
-    if importlib.util.find_spec(module) is None:
-        raise ValueError(f"this version has no benchmark {name!r}")
-    function = importlib.import_module(module).main
+    function = _main(name)
     values = typed_arguments(function, pairs(words), f"benchmark {name}")
     empty = inspect.Parameter.empty
     missing = [
@@ -28,3 +40,22 @@ def run(name: str, words: Sequence[str]) -> None:
     if missing:
         raise ValueError(f"benchmark {name} needs {', '.join('--' + m for m in missing)}")
     function(**values)
+
+
+def _main(name: str) -> Callable[..., Any]:
+    module = f"fewstep.bench.{name}"
+    if importlib.util.find_spec(module) is None:
+        raise ValueError(f"this version has no benchmark {name!r}")
+    return importlib.import_module(module).main
+
+
+def _options(function: Callable[..., Any]) -> list[Any]:
+    """Return the parameters of a function as options, for help alone: all are text."""
+    found = []
+    for argument in described_arguments(function):
+        name = f"--{argument.name.replace('_', '-')}"
+        option = typer.Option(name, help=escape(argument.text), metavar=argument.kind)
+        default = argument.default if argument.default is inspect.Parameter.empty else written_as(argument.default)
+        kind = inspect.Parameter.KEYWORD_ONLY
+        found.append(inspect.Parameter(argument.name, kind, default=default, annotation=Annotated[str | None, option]))
+    return made_options(found)

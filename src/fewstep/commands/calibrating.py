@@ -69,10 +69,10 @@ def run(  # noqa: PLR0913 - one parameter is one option
     place = pick_device(device)
     sampler.unfolded().to(place)
     prior = open_prior(str(trained_with)).to(place)
-    images = [load_image(path) for path in list_images(photos)[-(limit or 0) :]]
     home = sampler.folder if out is None else out
     blank = Calibrations(str(header["sha256"]), outer(sampler), plan.crop, families, ())
     with_earlier(blank, home)  # what does not go with these is refused before the work
+    images = [load_image(path, plan.crop) for path in list_images(photos)[-(limit or 0) :]]
     with Progress(console=console, transient=True) as bar:
         rows: dict[str, TaskID] = {}
 

@@ -27,7 +27,7 @@ from fewstep.densities.distill import METHODS
 from fewstep.densities.draws import Draws
 from fewstep.densities.export import export as write_program
 from fewstep.densities.report import distance_line, expectation_line, render, rows_of, stein_line, summary_rows
-from fewstep.densities.storage import check_suffix, read_draws, read_target, write_draws
+from fewstep.densities.storage import check_suffix, read_target
 from fewstep.densities.students._sampler import MapSampler
 from fewstep.densities.targets import available_targets, target_class
 from fewstep.densities.user import UserDensity
@@ -51,7 +51,7 @@ def sample(
         check_suffix(out)
     draws = _drawn(named, folder, drawing, console, errors)
     if out is not None:
-        write_draws(out, draws, named.record)
+        draws.save(out, named.record)
         console.print(f"{len(draws)} draws: {escape(str(out))}", highlight=False)
     show(console, summary_rows(summary(draws, drawing["level"]), named.density))
     return draws
@@ -92,7 +92,7 @@ def diagnosis(  # noqa: PLR0913 - what is drawn, or a file of draws
 
 def _read(file: Path, named: Named, errors: Console) -> Draws:
     """Return the draws in `file`; a note says where they are of another density."""
-    draws, target = read_draws(file), read_target(file)
+    draws, target = Draws.load(file), read_target(file)
     if target is not None and target != json.loads(json.dumps(named.record)):
         told = f"{file} holds draws of {described(target)}: weights that it has are not of this density"
         errors.print(f"[yellow]note:[/] {escape(told)}", highlight=False)

@@ -124,6 +124,8 @@ def _of_path(word: str, given: Mapping[str, str], options: Collection[str]) -> N
         return Named(
             found(**values), attribute, record, f"target = {attribute}({_arguments(values)})  # {record['path']}"
         )
+    if isinstance(found, type):
+        raise ValueError(f"{word} is a class, but no TargetDensity: name an object of it, {place}:OBJECT")
     own = Own(**_fields(Own, given, word, options))
     if isinstance(found, TargetDensity):
         if given and own != Own(dim=found.dim):

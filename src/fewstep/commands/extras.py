@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from typing import Annotated, Any
 
@@ -47,27 +47,35 @@ def operator_fields() -> dict[str, dict[str, str]]:
 
 
 def _generated() -> list[Any]:
-    """Return typer's own parameters of a function whose signature is made of the fields."""
-    texts = operator_fields()
-
-    def carrier(**_: Any) -> None: ...
-
-    annotations = {
-        name: Annotated[
-            str | None, typer.Option(f"--{name.replace('_', '-')}", help=_help(words), callback=_keep(name))
-        ]
-        for name, words in texts.items()
-    }
+    """Return the options of all operators."""
     kind = inspect.Parameter.KEYWORD_ONLY
-    parameters = [inspect.Parameter(n, kind, default=None, annotation=a) for n, a in annotations.items()]
-    carrier.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    carrier.__annotations__ = dict(annotations)
-    host = typer.Typer(add_completion=False)
-    host.command()(carrier)
-    made = [p for p in typer.main.get_command(host).params if p.name in texts]
+    made = made_options(
+        inspect.Parameter(
+            name,
+            kind,
+            default=None,
+            annotation=Annotated[
+                str | None, typer.Option(f"--{name.replace('_', '-')}", help=_help(words), callback=_keep(name))
+            ],
+        )
+        for name, words in operator_fields().items()
+    )
     for parameter in made:
         parameter.expose_value = False
     return made
+
+
+def made_options(parameters: Iterable[inspect.Parameter]) -> list[Any]:
+    """Return what typer makes of a function with these parameters, each annotated with its option."""
+
+    def carrier(**_: Any) -> None: ...
+
+    signature = inspect.Signature(list(parameters))
+    carrier.__signature__ = signature  # type: ignore[attr-defined]
+    carrier.__annotations__ = {name: parameter.annotation for name, parameter in signature.parameters.items()}
+    host = typer.Typer(add_completion=False)
+    host.command()(carrier)
+    return [p for p in typer.main.get_command(host).params if p.name in signature.parameters]
 
 
 def _keep(name: str) -> Callable[[typer.Context, str | None], str | None]:

@@ -63,7 +63,8 @@ def _prior() -> str | None:
 def _torchvision() -> str | None:
     if prepare_torchvision():
         return (
-            "torchvision's operators were not built for this torch; worked around, install the matching pair to mend it"
+            "torchvision's operators were not built for this torch; worked around here, install the matching pair to mend it, "
+            "or call fewstep.compat.prepare_torchvision() before you import deepinv yourself"
         )
     return None
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -26,7 +27,7 @@ def run(path: Path, out: Path, chosen: Settings, console: Console, errors: Conso
                 results, failures = restore_folder(path, out, chosen, progress=report, share=share)
     for result in results:
         console.print(_line(result), highlight=False)
-        for note in result.record["notes"]:
+        for note in _notes(result.record):
             console.print(f"  {escape(note)}", highlight=False)
     for name, reason in failures.items():
         errors.print(f"[bold red]error:[/] {escape(name)}: {escape(reason)}", highlight=False)
@@ -44,6 +45,13 @@ def _line(result: Result) -> str:
         f"{result.folder}: {stopped}{record['num_samples']} samples, {record['nfe']} network calls each, "
         f"{record['seconds']:.1f} s{told}"
     )
+
+
+def _notes(record: Mapping[str, Any]) -> list[str]:
+    """Return what is told of a run beside its figures: what was done by what, and what the intervals are worth."""
+    done = f"{record['method']['name']} on {record['operator']['description']}"
+    worth = [f"intervals: {record['intervals']}"] if record.get("outside_card") else []
+    return [done, *record["notes"], *worth]
 
 
 @contextmanager

@@ -70,7 +70,11 @@ class Denoiser(nn.Module, ABC):
 
 
 class Rescheduled(Denoiser):
-    """The same prior under another schedule: the noisy point is rescaled to the place where the ratio is the same."""
+    """The same prior under another schedule: the noisy point is rescaled to the place where the ratio is the same.
+
+    Where that is beyond t = 1 of the prior, which its network does not know, the point is shrunk to the noise level there:
+    there is as good as nothing in it but noise, and what there is shrinks too, so that E[x_0 | x_t] is off by O(1 / ratio).
+    """
 
     def __init__(self, denoiser: Denoiser, schedule: Schedule) -> None:
         super().__init__()
@@ -79,10 +83,12 @@ class Rescheduled(Denoiser):
     def forward(self, x_t: Tensor, t: Tensor, **cond: Any) -> Tensor:
         """See `Denoiser`."""
         t = torch.as_tensor(t, dtype=x_t.dtype, device=x_t.device)
-        alpha, _ = self.schedule(t)
-        inner = self.denoiser.schedule.time(self.schedule.ratio(t))
-        inner_alpha, _ = self.denoiser.schedule(inner)
-        return self.denoiser(x_t * like(inner_alpha / alpha, x_t), inner, **cond)
+        (alpha, sigma), own = self.schedule(t), self.denoiser.schedule
+        inner = own.time(self.schedule.ratio(t)).clamp_max(1)
+        inner_alpha, _ = own(inner)
+        # sigma / alpha up to the largest ratio of the prior, that ratio beyond
+        signal = torch.maximum(alpha, sigma / own.ratio(torch.ones_like(t)))
+        return self.denoiser(x_t * like(inner_alpha / signal, x_t), inner, **cond)
 
 
 class MeanReverting(Denoiser):

@@ -33,9 +33,14 @@ def _by_ratio(schedule: Schedule, ratios: Tensor) -> Tensor:
     return torch.cat([schedule.time(ratios).clamp(0, 1), ratios.new_zeros(1)])
 
 
+def lowest_ratio(schedule: Schedule) -> Tensor:
+    """Return the least noise ratio whose time is above 0 in spite of rounding, () float64; 0 where the schedule begins there."""
+    return schedule.ratio(torch.zeros((), dtype=torch.float64)) * (1 + 1e-9)
+
+
 def _ends(schedule: Schedule, lowest: float = 0.01) -> tuple[Tensor, Tensor]:
     high = schedule.ratio(torch.ones((), dtype=torch.float64))
-    return high, schedule.ratio(torch.zeros((), dtype=torch.float64)).clamp_min(lowest)
+    return high, lowest_ratio(schedule).clamp_min(lowest)
 
 
 def log_snr(schedule: Schedule, steps: int) -> Tensor:
@@ -61,9 +66,9 @@ def arctan(schedule: Schedule, steps: int, spread: float = 0.5) -> Tensor:
 
 def angle(schedule: Schedule, steps: int, power: float = 1.0) -> Tensor:
     """Return times of evenly spaced arctan(ratio)^(1/power), so that every second time of 2 n steps is one of n."""
-    high = torch.atan(schedule.ratio(torch.ones((), dtype=torch.float64)))
-    ratios = torch.tan(high * torch.linspace(1, 0, steps + 1, dtype=torch.float64)[:-1] ** power)
-    return _by_ratio(schedule, ratios)
+    high, low = (torch.atan(end) for end in _ends(schedule, 0.0))
+    shares = torch.linspace(1, 0, steps + 1, dtype=torch.float64)[:-1] ** power
+    return _by_ratio(schedule, torch.tan(low + (high - low) * shares))
 
 
 GRIDS: dict[str, Grid] = {

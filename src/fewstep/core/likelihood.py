@@ -18,8 +18,9 @@ from torch import Tensor
 
 from fewstep.core.batch import item_dot, like
 from fewstep.core.counts import Counts
-from fewstep.core.linalg import cg, item_inner
+from fewstep.core.linalg import cg
 from fewstep.core.noise import Noise
+from fewstep.core.physics import check_measurement, fitting_adjoint, repeat_physics
 from fewstep.core.spectral import Function, inverse_square, significant, spectrum_of
 
 
@@ -38,6 +39,9 @@ class Likelihood(ABC):
     dtype: torch.dtype
     device: torch.device
     counts: Counts
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(batch={self.batch}, event={tuple(self.event_shape)})"
 
     @abstractmethod
     def log_prob(self, x: Tensor) -> Tensor:
@@ -86,15 +90,14 @@ class GaussianLikelihood(Likelihood):
         max_iter: the most iterations of it.
 
     Raises:
-        ValueError: non-finite y, non-positive sigma, or a y that does not fit the operator.
+        ValueError: y of whole numbers or not finite, non-positive sigma, or a y that does not fit the operator.
     """
 
     def __init__(
         self, y: Tensor, physics: Any, sigma: Tensor | float, *, tol: float = 1e-6, max_iter: int = 300
     ) -> None:
         self.y, self.physics, self.tol, self.max_iter = y, physics, tol, max_iter
-        if not bool(torch.isfinite(y).all()):
-            raise ValueError("the measurement holds NaN or infinite values")
+        check_measurement(y)
         self.sigma = noise_levels(sigma, y)
         self.batch, self.counts = y.shape[0], Counts()
         back = fitting_adjoint(physics, y)
@@ -102,6 +105,11 @@ class GaussianLikelihood(Likelihood):
         self.event_shape, self.dtype, self.device = back.shape[1:], back.dtype, back.device
         closed = {"svd"} if self.spectrum is not None else set()
         self.provides = frozenset({"gradient", "prox", "draw", "gaussian"} | closed)
+
+    def __repr__(self) -> str:
+        low, high = (float(f"{float(end):.4g}") for end in self.sigma.aminmax())
+        sigma = f"{low}" if low == high else f"{low} to {high}"
+        return f"{type(self).__name__}(y={tuple(self.y.shape)}, physics={type(self.physics).__name__}, sigma={sigma})"
 
     def A(self, x: Tensor) -> Tensor:
         """Apply the operator, (N, *event) -> (N, *measurement)."""
@@ -128,7 +136,11 @@ class GaussianLikelihood(Likelihood):
         return self.A_adjoint(self.residual(x)) / like(self.sigma**2, x)
 
     def solve(self, v: Tensor, rho: Tensor | float) -> Tensor:
-        """Return (A'A / sigma^2 + I / rho^2)^-1 v, (N, *event) -> (N, *event)."""
+        """Return (A'A / sigma^2 + I / rho^2)^-1 v, (N, *event) -> (N, *event).
+
+        Raises:
+            FloatingPointError: the system holds NaN or infinite values, and there is no closed form to pass them on.
+        """
         real = v.real if v.is_complex() else v
         data, prior = (
             like(self.sigma**-2, real),
@@ -137,9 +149,15 @@ class GaussianLikelihood(Likelihood):
         if self.spectrum is not None:
             return self.spectral(lambda s: 1 / (s.square() * data + prior), v)
         result = cg(lambda x: data * self.normal(x) + prior * x, v, tol=self.tol, max_iter=self.max_iter)
-        if bool((worst := result.residual.detach().max()) > self.tol):
+        worst = float(result.residual.detach().max())
+        if not math.isfinite(worst):
+            raise FloatingPointError(
+                f"{type(self.physics).__name__}, or what it was applied to, gives NaN or infinite values: "
+                "check the operator, use more steps, weaker guidance or a larger sigma"
+            )
+        if worst > self.tol:
             warnings.warn(
-                f"conjugate gradients stopped after {self.max_iter} iterations at a relative residual of {float(worst):.1e}"
+                f"conjugate gradients stopped after {self.max_iter} iterations at a relative residual of {worst:.1e}"
                 f" (asked: {self.tol:.1e}); raise max_iter or tol",
                 stacklevel=2,
             )
@@ -213,84 +231,6 @@ def noise_levels(sigma: Tensor | float, y: Tensor) -> Tensor:
     if not bool((levels > 0).all()) or not bool(torch.isfinite(levels).all()):
         raise ValueError(f"sigma must be positive and finite, got {sigma}")
     return levels.expand(y.shape[0])
-
-
-def fitting_adjoint(physics: Any, y: Tensor) -> Tensor:
-    """Return A' y, (B, *event); ValueError where y is no output of the operator or the adjoint is wrong on y."""
-    name = type(physics).__name__
-    try:
-        back = physics.A_adjoint(y)
-        again = physics.A(back)
-    except (RuntimeError, ValueError, IndexError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"y of shape {tuple(y.shape)} does not fit the operator {name} ({reason})") from error
-    if again.shape != y.shape:
-        raise ValueError(f"y has shape {tuple(y.shape)}, the operator {name} gives {tuple(again.shape)}")
-    if not bool(torch.isfinite(again).all()):
-        raise ValueError(f"the operator {name} gives NaN or infinite values")
-    size, other = item_inner(back, back), item_inner(again, y)  # <A'y, A'y> = <A A'y, y>
-    if bool(((size - other).abs() > torch.finfo(size.dtype).eps ** 0.5 * size).any()):
-        raise ValueError(f"A_adjoint of {name} is not the adjoint of its A: <A'y, A'y> and <AA'y, y> differ")
-    return back
-
-
-def repeat_physics(physics: Any, y: Tensor, k: int) -> Any:
-    """Return an operator for k copies of the measurements y, (B, *measurement): its per-item tensors are repeated.
-
-    A tensor is per item if its first dimension is B > 1. A matrix may have that size by chance: the right reading
-    is the one that maps copies to copies.
-
-    Raises:
-        ValueError: neither does.
-    """
-    batch = y.shape[0]
-    if batch == 1 or not isinstance(physics, torch.nn.Module):
-        return physics
-    call: Any = physics
-    owners = [
-        (name, tensor)
-        for name, tensor in [*physics.named_buffers(), *physics.named_parameters()]
-        if tensor.ndim > 1 and tensor.shape[0] == batch
-    ]
-    if not owners:
-        return physics
-    back = call.A_adjoint(y)
-    pairs = [("A_adjoint", _tile(y, k), _tile(back, k)), ("A", _tile(back, k), _tile(call.A(back), k))]
-    for least in (2, 3):
-        twin = copy.deepcopy(physics)
-        for name, tensor in owners:
-            if tensor.ndim >= least:
-                _replace(twin, name, _tile(tensor.detach(), k))
-        if _maps(twin, pairs):
-            return twin
-    raise ValueError(f"cannot tell which tensors of {type(physics).__name__} belong to single measurements")
-
-
-def _tile(a: Tensor, k: int) -> Tensor:
-    return a.repeat(k, *[1] * (a.ndim - 1))
-
-
-def _replace(module: torch.nn.Module, name: str, value: Tensor) -> None:
-    """Put a tensor in the place of the buffer or parameter called `name`."""
-    *path, last = name.split(".")
-    owner = module.get_submodule(".".join(path))
-    if (old := owner._parameters.get(last)) is not None:
-        value = torch.nn.Parameter(value, requires_grad=old.requires_grad)
-    setattr(owner, last, value)
-
-
-def _maps(physics: Any, pairs: list[tuple[str, Tensor, Tensor]]) -> bool:
-    """Return whether methods of an operator map inputs to outputs: (name, input, output)."""
-    for name, given, wanted in pairs:
-        try:
-            out = getattr(physics, name)(given)
-        except RuntimeError:  # the wrong reading does not fit
-            return False
-        scale = wanted.abs().max()
-        tol = 1e3 * torch.finfo(scale.dtype).eps
-        if out.shape != wanted.shape or not bool((out - wanted).abs().max() <= tol * scale):
-            return False
-    return True
 
 
 class JointLikelihood(Likelihood):

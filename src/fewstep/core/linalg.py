@@ -35,7 +35,9 @@ def cg(
     """Solve `operator`(x) = b for a symmetric positive definite operator that acts on each item alone.
 
     An item stops when |residual| <= tol |b| and is then frozen, so its result does not depend on the others. The operator
-    must be linear; the result is differentiable through the iterations.
+    must be linear; the result is differentiable through the iterations. Each system is solved in a unit of its own, a power of
+    two, so that the squares of very large or small numbers neither overflow nor vanish. An item whose residual is not finite
+    all the same comes back as NaN.
 
     Args:
         operator: (N, *event) -> (N, *event).
@@ -44,7 +46,9 @@ def cg(
         tol: relative residual at which an item is done.
         max_iter: the most iterations; what is reached by then is returned with its residual.
     """
-    x, r = (torch.zeros_like(b), b) if x is None else (x, b - operator(x))
+    unit = like(_unit(b), b)
+    b = b / unit
+    x, r = (torch.zeros_like(b), b) if x is None else (x / unit, b - operator(x / unit))
     p, rr = r, item_inner(r, r)
     scale = item_norm(b).clamp_min(torch.finfo(rr.dtype).tiny)
     count = torch.zeros_like(rr, dtype=torch.long)
@@ -61,4 +65,11 @@ def cg(
         p = torch.where(like(active.to(r.real.dtype), r.real).bool(), r + like(beta, p) * p, p)
         rr = torch.where(active, new, rr)
         count = count + active
+    x = torch.where(torch.isfinite(like(rr, b)), x * unit, torch.nan)
     return CGResult(x, rr.sqrt() / scale, count)
+
+
+def _unit(b: Tensor) -> Tensor:
+    """Return the power of two that is nearest below the largest entry of each item, (N,): dividing by it is exact."""
+    largest = b.detach().abs().flatten(1).amax(1)
+    return torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - 1)

@@ -162,12 +162,13 @@ class Stage(NamedTuple):
 
 
 class Call(NamedTuple):
-    """One network call, at time t with its (alpha, sigma), and the row that follows it."""
+    """One network call, at time t with its (alpha, sigma), the row that follows it, and whether that ends at t = 0."""
 
     t: Tensor
     alpha: Coefficient
     sigma: Coefficient
     row: Stage
+    last: bool
 
 
 class History(NamedTuple):
@@ -194,12 +195,14 @@ class Plan(NamedTuple):
         """Return the state after step k, see `Solver`."""
         past = state.memory or History()
         xs, predictions = (state.x, *past.x), past.predictions
-        for t, alpha, sigma, row in self.steps[k]:
+        for t, alpha, sigma, row, last in self.steps[k]:
             x0 = predict(problem, xs[0], t, noise)
             to_kind = PARAMETRISATIONS[self.solver.form.name].from_x0
             seen = to_kind(x0, xs[0], _scale(alpha, x0), _scale(sigma, x0))
-            predictions = (self.solver.on_prediction(seen, predictions), *predictions)
-            x = _combine((*row.x, *row.predictions), (*xs[: len(row.x)], *predictions[: len(row.predictions)]))
+            past = () if last else predictions  # the result is the prediction of x_0 as it is
+            predictions = (self.solver.on_prediction(seen, past), *past)
+            terms = (self.solver.direction(predictions), *past)
+            x = _combine((*row.x, *row.predictions), (*xs[: len(row.x)], *terms[: len(row.predictions)]))
             if not isinstance(row.noise, float) or row.noise > 0:
                 x = x + _scale(row.noise, x) * noise.randn_like(x)
             if not isinstance(row.offset, float) or row.offset != 0:
@@ -213,7 +216,7 @@ class MultistepSolver(Solver):
 
     Attributes:
         form: the prediction that it combines, X0 or EPSILON.
-        recall: how many past predictions `on_prediction` reads.
+        recall: how many past predictions `on_prediction` and `direction` read.
     """
 
     form: ClassVar[Form]
@@ -230,8 +233,12 @@ class MultistepSolver(Solver):
         """
 
     def on_prediction(self, prediction: Tensor, past: Sequence[Tensor]) -> Tensor:
-        """Return what is kept of a prediction, (N, *event), given those kept before it, newest first."""
+        """Return what is kept of a prediction, (N, *event), given those kept before it, newest first; none at the last step."""
         return prediction
+
+    def direction(self, kept: Sequence[Tensor]) -> Tensor:
+        """Return what the rows combine for the newest of the predictions kept, newest first, (N, *event)."""
+        return kept[0]
 
     @property
     def nfe(self) -> int:
@@ -255,13 +262,13 @@ class MultistepSolver(Solver):
         steps = []
         for t, s in itertools.pairwise(Point.of(schedule, t) for t in times):
             nodes.insert(0, t)
-            arrived = s.t == 0
-            if bool(arrived.any()) and not bool(arrived.all()):
+            last = bool((s.t == 0).all())
+            if bool((s.t == 0).any()) and not last:
                 raise ValueError("all items must reach t = 0 in the same step")
-            stages = [_denoising(self.form, t, s)] if bool(arrived.all()) else self.stages(schedule, nodes, s)
+            stages = [_denoising(self.form, t, s)] if last else self.stages(schedule, nodes, s)
             inner = [stage.end for stage in stages[:-1]]
             nodes[:0] = reversed(inner)
-            steps.append(tuple(_call(point, stage) for point, stage in zip((t, *inner), stages, strict=True)))
+            steps.append(tuple(_call(point, stage, last) for point, stage in zip((t, *inner), stages, strict=True)))
         rows = [call.row for step in steps for call in step]
         depth_x, depth = max(len(r.x) for r in rows) - 1, max(len(r.predictions) for r in rows) - 1
         return Plan(self, tuple(steps), depth_x, max(depth, self.recall))
@@ -322,7 +329,7 @@ def _denoising(form: Form, t: Point, s: Point) -> Stage:
     return Stage(s, (1 / t.alpha,), (-t.ratio,))
 
 
-def _call(point: Point, stage: Stage) -> Call:
+def _call(point: Point, stage: Stage, last: bool) -> Call:
     """Return a call and its row, with numbers for coefficients that all items share."""
 
     def number(c: Coefficient) -> Coefficient:
@@ -330,7 +337,7 @@ def _call(point: Point, stage: Stage) -> Call:
 
     x, predictions = tuple(map(number, stage.x)), tuple(map(number, stage.predictions))
     plain = Stage(stage.end, x, predictions, number(stage.noise), number(stage.offset))
-    return Call(point.t, number(point.alpha), number(point.sigma), plain)
+    return Call(point.t, number(point.alpha), number(point.sigma), plain, last)
 
 
 def _scale(c: Coefficient, x: Tensor) -> Any:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -91,10 +92,29 @@ class Noise:
 def mix(*words: int) -> int:
     """Hash integers into a 63-bit seed with numpy's SeedSequence, so that near seeds give unrelated streams.
 
-    To it zeros at the end are nothing: `mix(5, 0)` is `mix(5)`. What must differ takes another word than 0 there.
+    To it zeros at the end are nothing: `mix(5, 0)` is `mix(5)`. What must differ takes another word than 0 there. And a word
+    from 2^32 on is two, the lower half first: `mix(5 + 7 * 2**32)` is `mix(5, 7)`. Words below that never meet so.
     """
     state = np.random.SeedSequence([w & (2**64 - 1) for w in words]).generate_state(1, np.uint64)[0]
     return int(state) >> 1
+
+
+def seeds_of(seed: int | Sequence[int] | np.ndarray | Tensor, batch: int) -> tuple[int, ...]:
+    """Return one seed per measurement, (batch), from an integer for all or integers, one for each.
+
+    Raises:
+        TypeError: no integers.
+        ValueError: another number of them.
+    """
+    given = seed.tolist() if isinstance(seed, np.ndarray | Tensor) else seed
+    each = tuple(given) if isinstance(given, Iterable) else (given,) * batch
+    try:
+        seeds = tuple(operator.index(s) for s in each)
+    except TypeError:
+        raise TypeError(f"a seed must be an integer, or one for each measurement, got {seed!r}") from None
+    if len(seeds) != batch:
+        raise ValueError(f"{len(seeds)} seeds for {batch} measurements")
+    return seeds
 
 
 def seeded(build: Callable[[], T], seed: int) -> T:

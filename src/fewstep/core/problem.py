@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,13 +24,40 @@ class Posterior:
     Args:
         prior: the diffusion prior.
         likelihood: the likelihood of B measurements.
-        cond: extra inputs of the denoiser (a class label, say); tensors of B entries have one for each measurement.
+        cond: extra inputs of the denoiser by name, {"label": torch.tensor([7])} say; tensors of B entries have one for each
+            measurement.
+
+    Raises:
+        TypeError: one of them is of another kind.
     """
 
     prior: Denoiser
     likelihood: Likelihood
     cond: dict[str, Any] = field(default_factory=dict)
     counts: Counts = field(default_factory=Counts, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        check_prior(self.prior)
+        if not hasattr(self.likelihood, "provides"):
+            raise TypeError(
+                f"the likelihood must be a Likelihood, got {type(self.likelihood).__name__} without `provides`; "
+                "fewstep.image_likelihood(y, physics, sigma) makes one of a measurement of an image in [0, 1]"
+            )
+        if not isinstance(self.cond, Mapping):
+            raise TypeError(f'cond must map names to values, {{"label": torch.tensor([7])}} say, got {self.cond!r}')
+
+    def __repr__(self) -> str:
+        cond = f", cond={sorted(self.cond)}" if self.cond else ""
+        return f"Posterior(prior={type(self.prior).__name__}, likelihood={self.likelihood!r}{cond})"
+
+    @property
+    def misfit(self) -> str:
+        """Why the prior and the likelihood are not of the same items, empty where they may be."""
+        given = tuple(self.likelihood.event_shape)
+        own = getattr(self.prior, "event_shape", given)  # what does not say its shape is trusted
+        if len(own) == len(given) and all(n in (None, m) for n, m in zip(own, given, strict=True)):
+            return ""
+        return f"the prior is of items of shape {tuple(own)}, the measurement of items of shape {given}"
 
     @property
     def schedule(self) -> Schedule:
@@ -50,10 +77,15 @@ class Posterior:
 
     def expand(self, k: int) -> Posterior:
         """Return the problem with k items per measurement and fresh counters."""
-        counts, batch = Counts(), self.likelihood.batch
-        own = {n: v for n, v in self.cond.items() if isinstance(v, Tensor) and v.ndim and len(v) == batch}
-        cond = {**self.cond, **{n: v.repeat(k, *[1] * (v.ndim - 1)) for n, v in own.items()}}
+        counts = Counts()
+        cond = self.cond_with(lambda value: value.repeat(k, *[1] * (value.ndim - 1)))
         return replace(self, likelihood=self.likelihood.expand(k).counted(counts), cond=cond, counts=counts)
+
+    def cond_with(self, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+        """Return `cond` with a change of the tensors that have an entry for each item."""
+        batch = self.likelihood.batch
+        own = {n: v for n, v in self.cond.items() if isinstance(v, Tensor) and v.ndim and len(v) == batch}
+        return {**self.cond, **{n: change(v) for n, v in own.items()}}
 
     def denoise(self, x_t: Tensor, t: Tensor) -> Tensor:
         """Return E[x_0 | x_t], (N, *event), at the cost of one network call and without a graph."""
@@ -78,3 +110,12 @@ class Posterior:
         """Return (alpha_t, sigma_t) in a shape that broadcasts against `x`."""
         alpha, sigma = self.schedule(t)
         return like(alpha, x), like(sigma, x)
+
+
+def check_prior(prior: Any) -> None:
+    """Raise TypeError where `prior` is no denoiser with a schedule."""
+    if not hasattr(prior, "schedule"):
+        raise TypeError(
+            f"the prior must be a Denoiser, got {type(prior).__name__} without `schedule`; "
+            "fewstep.load_prior makes one of a name, a folder or a network"
+        )

@@ -16,7 +16,7 @@ from typing import Any
 # each folder, the singular of what is in it, and the class that its classes derive from
 FOLDERS = {
     "methods": ("method", "core.sampler:Sampler"),
-    "solvers": ("method", "core.sampler:Sampler"),
+    "solvers": ("solver", "core.sampler:Sampler"),
     "densities.teachers": ("density sampler", "densities.teachers._base:Teacher"),
     "densities.losses": ("loss", "core.objective:Objective"),
 }

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, ClassVar, NamedTuple, final
 
 import torch
 from torch import Tensor
 
+from fewstep.core.checks import check_shares
 from fewstep.core.grid import times_of
 from fewstep.core.kernel import bridge, combine, epsilon_of
-from fewstep.core.noise import Noise
+from fewstep.core.noise import Noise, seeds_of
 from fewstep.core.presets import Presets
 from fewstep.core.problem import Posterior
 from fewstep.core.reference import Reference
@@ -95,6 +96,7 @@ class Sampler(Presets, ABC):
 
         Raises:
             ValueError: bad arguments, or a likelihood without what the method needs.
+            TypeError: a seed that is no integer.
             FloatingPointError: the run diverged.
         """
         parts = self.stream(problem, num_samples, seed=seed, chunk=chunk, callback=callback)
@@ -115,9 +117,7 @@ class Sampler(Presets, ABC):
         if chunk is not None and chunk < 1:
             raise ValueError(f"chunk must be at least 1, got {chunk}")
         batch = problem.likelihood.batch
-        seeds = (seed,) * batch if isinstance(seed, int) else tuple(seed)
-        if len(seeds) != batch:
-            raise ValueError(f"{len(seeds)} seeds for {batch} measurements")
+        seeds = seeds_of(seed, batch)
         size = num_samples if chunk is None else max(1, min(num_samples, chunk // batch))
         starts = range(0, num_samples, size)
         for part, first in enumerate(starts):
@@ -147,6 +147,15 @@ class Sampler(Presets, ABC):
         x = x.reshape(len(samples), len(seeds), *x.shape[1:])
         return Samples(x, items.counts, seconds, repr(self), seeds, samples.start)
 
+    @property
+    def idle(self) -> Collection[str]:
+        """Names of fields that have no effect beside the others as they are."""
+        return ()
+
+    def refusal(self, problem: Posterior) -> str:
+        """Return why it cannot run on a problem with these settings, empty where it can."""
+        return ""
+
     @final
     def check(self, problem: Posterior, num_samples: int = 1) -> None:
         """Return where `stream` would start, before any network call.
@@ -158,6 +167,8 @@ class Sampler(Presets, ABC):
             raise ValueError(f"num_samples must be at least 1, got {num_samples}")
         if self.steps < 1:
             raise ValueError(f"{type(self).__name__} needs at least one step, got {self.steps}")
+        if reason := self.refusal(problem) or problem.misfit:
+            raise ValueError(reason)
         missing = self.needs - problem.likelihood.provides
         if missing:
             from fewstep.core.registry import fitting
@@ -169,7 +180,7 @@ class Sampler(Presets, ABC):
 
 
 class DiffusionSampler(Sampler):
-    """A sampler that starts from x_1 ~ N(0, sigma_1^2 I) and walks down a grid of times.
+    """A sampler that starts from x_1 ~ N(0, sigma_1^2 I) and walks down a grid of times to t = 0.
 
     Attributes:
         grid: the time grid, one of `fewstep.core.grid.GRIDS` by name or the times themselves, see `grid.times_of`.
@@ -181,6 +192,13 @@ class DiffusionSampler(Sampler):
         """See `Sampler`; pure noise at t = 1."""
         _, sigma = problem.schedule(torch.ones((), dtype=torch.float64))
         return State(sigma.to(noise.dtype).to(noise.device) * noise.randn(*problem.likelihood.event_shape))
+
+    def refusal(self, problem: Posterior) -> str:
+        """See `Sampler`; on other grids the steps would take x_1 for another point, or end before x_0."""
+        first, last = self.times(problem)[[0, -1]].tolist()
+        if abs(first - 1) < 1e-6 and last == 0:  # named grids are at 1 to rounding
+            return ""
+        return f"the grid of {type(self).__name__} must lead from t = 1 to t = 0, got {first:g} to {last:g}"
 
     def times(self, problem: Posterior) -> Tensor:
         """Return the `steps` + 1 falling times of the grid, float64."""
@@ -230,17 +248,10 @@ class GuidedSampler(DiffusionSampler):
         return State(combine(problem.schedule, s, x0, epsilon, shares, noise), x0)
 
 
-def check_shares(sampler: Sampler, *names: str) -> None:
-    """Raise ValueError unless the fields called `names` lie in [0, 1]."""
-    for name in names:
-        if not 0 <= getattr(sampler, name) <= 1:
-            raise ValueError(f"{name} must lie in [0, 1], got {getattr(sampler, name)}")
-
-
 def settings(sampler: Sampler) -> dict[str, Any]:
-    """Return the fields of a sampler and their values; of a sampler within it, its class and its fields."""
+    """Return the fields of a sampler that have an effect and their values; of a sampler within it, its class and its fields."""
     assert is_dataclass(sampler)
-    values = {field.name: getattr(sampler, field.name) for field in fields(sampler)}
+    values = {field.name: getattr(sampler, field.name) for field in fields(sampler) if field.name not in sampler.idle}
     return {
         name: {"name": type(value).__name__, **settings(value)} if isinstance(value, Sampler) else value
         for name, value in values.items()

@@ -35,6 +35,11 @@ class Samples:
     seeds: tuple[int, ...]
     first: int = 0
 
+    def __repr__(self) -> str:
+        k, batch, *event = self.x.shape
+        method = self.method.partition("(")[0]
+        return f"Samples(K={k}, B={batch}, event={tuple(event)}, method={method}, nfe={self.nfe})"
+
     @property
     def nfe(self) -> float:
         """Network calls per sample, their mean where they differ."""
@@ -98,12 +103,17 @@ class Samples:
     def load(cls, folder: str | Path) -> Samples:
         """Read what `save` wrote.
 
+        Args:
+            folder: that of the file, or the file itself.
+
         Raises:
-            ValueError: the file is not one of ours.
+            ValueError: there is no file, or it is not one of ours.
         """
         from safetensors import SafetensorError, safe_open
 
-        path = Path(folder) / "samples.safetensors"
+        path = Path(folder) if Path(folder).is_file() else Path(folder) / "samples.safetensors"
+        if not path.is_file():
+            raise ValueError(f"no samples in {folder}: {path} is not there")
         try:
             with safe_open(path, "pt") as file:
                 header = file.metadata() or {}

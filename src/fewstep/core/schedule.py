@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fewstep.core.checks import check_not_negative, check_positive, check_rising
+
 
 class Schedule(ABC):
     """The pair (alpha_t, sigma_t) as a function of t in [0, 1]."""
@@ -48,6 +50,10 @@ class VariancePreserving(Schedule):
     beta_min: float = 0.1
     beta_max: float = 20.0
 
+    def __post_init__(self) -> None:
+        check_not_negative(self, "beta_min")
+        check_positive(self, "beta_max")
+
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """See `Schedule`; alpha^2 + sigma^2 = 1."""
         b = self._integral(t)
@@ -75,6 +81,9 @@ class Cosine(Schedule):
     """
 
     ratio_max: float = 200.0
+
+    def __post_init__(self) -> None:
+        check_positive(self, "ratio_max")
 
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """See `Schedule`; alpha^2 + sigma^2 = 1."""
@@ -117,6 +126,10 @@ class VarianceExploding(Schedule):
     sigma_min: float = 0.01
     sigma_max: float = 100.0
 
+    def __post_init__(self) -> None:
+        check_rising(self, "sigma_min", "sigma_max")
+        check_positive(self, "sigma_max")
+
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """See `Schedule`."""
         return torch.ones_like(t), self.ratio(t)
@@ -137,6 +150,10 @@ class EDM(Schedule):
     sigma_min: float = 0.002
     sigma_max: float = 80.0
     rho: float = 7.0
+
+    def __post_init__(self) -> None:
+        check_rising(self, "sigma_min", "sigma_max")
+        check_positive(self, "sigma_max", "rho")
 
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """See `Schedule`."""
@@ -164,6 +181,10 @@ class Flow(Schedule):
     """
 
     u_max: float = 0.999
+
+    def __post_init__(self) -> None:
+        if not 0 < self.u_max < 1:
+            raise ValueError(f"u_max must lie inside (0, 1), got {self.u_max}")
 
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """See `Schedule`."""

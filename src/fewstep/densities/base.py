@@ -7,7 +7,7 @@ import math
 import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self, final
 
@@ -19,10 +19,13 @@ from fewstep.core.files import read_header, read_weights, write_weights
 from fewstep.core.noise import Noise, Streams, mix
 from fewstep.densities.draws import Draws, Kind
 from fewstep.densities.estimators.weights import bound
+from fewstep.densities.support import Support
+from fewstep.densities.user import as_target
 from fewstep.densities.whitened import Whitened
 
 _METHOD = "density-sampler"
 _LAYOUT = 2  # raised whenever the same tensors would come to mean something else
+_MOST = float(torch.finfo(torch.float32).max)  # stands for infinity in JSON
 _WHITENING = ("shift", "scale", "bend")
 
 
@@ -182,8 +185,13 @@ class Transport(DensitySampler):
         """Return the calls per sample of `walked`."""
 
 
-def load_density_sampler(folder: str | Path, target: TargetDensity) -> DensitySampler:
+def load_density_sampler(folder: str | Path, target: TargetDensity | Callable[[Tensor], Tensor]) -> DensitySampler:
     """Return the sampler that was saved to `folder`, for the density it was trained on.
+
+    Args:
+        folder: what `save` wrote.
+        target: the density, or a callable, whose dimension and support the folder knows; one with a score of its own goes
+            through `as_target`.
 
     Raises:
         ValueError: the folder is damaged, holds something else or the weights of another version, or belongs to another number of
@@ -195,6 +203,8 @@ def load_density_sampler(folder: str | Path, target: TargetDensity) -> DensitySa
         raise ValueError(
             f"{folder} was written by another version of fewstep, which reads its weights otherwise; fit anew"
         )
+    if not isinstance(target, TargetDensity):
+        target = as_target(target, header["dim"], support=_support(header.get("support")))
     if header["dim"] != target.dim:
         raise ValueError(f"{folder} belongs to a density of {header['dim']} dimensions, not of {target.dim}")
     if header.get("support", _ends(target)) != _ends(target):
@@ -207,9 +217,16 @@ def _ends(target: TargetDensity) -> list[list[float]] | None:
     """Return the ends of the support of each coordinate as JSON takes them, infinite ones as 3e38 with its sign; None for all."""
     if target.support is None:
         return None
-    most = float(torch.finfo(torch.float32).max)
     sides = (torch.as_tensor(side, dtype=torch.float64).expand(target.dim) for side in target.support)
-    return [side.clamp(-most, most).tolist() for side in sides]
+    return [side.clamp(-_MOST, _MOST).tolist() for side in sides]
+
+
+def _support(ends: Sequence[Sequence[float]] | None) -> Support | None:
+    """Return the support that `_ends` wrote."""
+    if ends is None:
+        return None
+    low, high = torch.tensor(ends, dtype=torch.float64)
+    return low.masked_fill(low <= -_MOST, -math.inf), high.masked_fill(high >= _MOST, math.inf)
 
 
 def _class(name: str, folder: str | Path) -> type[DensitySampler]:

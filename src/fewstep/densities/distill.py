@@ -24,6 +24,7 @@ from fewstep.densities.students._polish import InTurn
 from fewstep.densities.students._sampler import MapSampler
 from fewstep.densities.students.cdds import CDDS, ready
 from fewstep.densities.whitened import Whitened
+from fewstep.options import known_fields
 from fewstep.training import Batches, Trainer
 
 METHODS = {"cdds": CDDS}
@@ -54,9 +55,9 @@ def distill(
         ValueError: an unknown method, or a denoiser without a target.
         KeyboardInterrupt: it was told to stop, and `options.out` names no folder to go on from.
         FloatingPointError: a gradient is not finite, in the last steps at every rate that is tried.
-        TypeError: a teacher without a denoiser; fit a mixture to its draws.
+        TypeError: a teacher without a denoiser (fit a mixture to its draws), or `overrides` names no field of the options.
     """
-    options = replace(options, **overrides)
+    options = replace(options, **known_fields(FitOptions, overrides))
     if isinstance(method, str) and method not in METHODS:
         raise ValueError(f"unknown method {method!r}; choose one of {', '.join(METHODS)}")
     student = METHODS[method]() if isinstance(method, str) else method

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
+from fewstep.densities import storage
 from fewstep.densities.estimators import psis, weights
 
 Kind = Literal["unbiased", "consistent", "bound", "invalid"]
@@ -76,6 +79,10 @@ class Draws:
                 raise ValueError("signs belong to log-weights, one each")
             if not bool((self.signs.abs() == 1).all()):
                 raise ValueError("signs are 1 or -1")
+
+    def __repr__(self) -> str:
+        n, d = self.x.shape
+        return f"Draws(N={n}, d={d}, kind={self.kind!r}, nfe={self.nfe}, seed={self.seed})"
 
     def __len__(self) -> int:
         return len(self.x)
@@ -180,6 +187,39 @@ class Draws:
             gradient_calls=share * self.gradient_calls,
             group=group,
         )
+
+    def save(self, path: str | Path, target: Mapping[str, Any] | None = None) -> None:
+        """Write the draws to a .safetensors, .npz or .csv file, atomically.
+
+        The first two keep arrays x, log_weights and signs, and all other fields; a .csv has columns x_1, ..., x_d, log_weight,
+        sign. The signs are left out where all weights are positive.
+
+        Args:
+            path: the file; its folder is made.
+            target: what is known of the density, as JSON takes it; a fact too, which `storage.read_target` reads.
+
+        Raises:
+            ValueError: a file of another kind.
+        """
+        arrays = {name: getattr(self, name) for name in storage.ARRAYS}
+        known = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in arrays}
+        storage.write(Path(path), arrays, known, target)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Draws:
+        """Return what `save` wrote as .safetensors or .npz, or the array x, (N, d), of any such file, without weights.
+
+        Raises:
+            ValueError: the file is missing or damaged, is none of these, or holds weights of an unknown kind.
+        """
+        try:
+            arrays, facts = storage.read(Path(path))
+            known = {f.name: facts[f.name] for f in fields(cls) if f.name in facts}
+            return cls(arrays["x"], arrays.get("log_weights"), signs=arrays.get("signs"), **known)
+        except KeyError:
+            raise ValueError(f"{path} holds no array x") from None
+        except (OSError, ValueError, TypeError, SafetensorError) as error:
+            raise ValueError(f"{path} cannot be read as draws ({error})") from None
 
     @classmethod
     def concatenate(cls, parts: Sequence[Draws]) -> Draws:

@@ -16,8 +16,9 @@ from fewstep.core.registry import get
 from fewstep.densities.base import DensitySampler
 from fewstep.densities.batches import Unlimited, in_blocks
 from fewstep.densities.teachers._base import Teacher
-from fewstep.densities.user import as_target
+from fewstep.densities.user import Ends, as_target
 from fewstep.densities.whitened import Whitened, whiten
+from fewstep.options import known_fields
 from fewstep.training import Trainer, TrainingOptions
 
 
@@ -68,10 +69,13 @@ def options_for(teacher: Teacher, **overrides: Any) -> FitOptions:
     return FitOptions(**{**teacher.training, **{name: value for name, value in overrides.items() if value is not None}})
 
 
-def fit(
+def fit(  # noqa: PLR0913 - what `as_target` takes, and how it is trained
     log_prob: TargetDensity | Callable[[Tensor], Tensor],
     dim: int | None = None,
     *,
+    score: Callable[[Tensor], Tensor] | None = None,
+    support: Ends | None = None,
+    log_z: float | None = None,
     sampler: str | Teacher = "dis",
     loss: str | None = None,
     options: FitOptions | None = None,
@@ -82,20 +86,23 @@ def fit(
     Args:
         log_prob: a target, or any torch callable, (N, d) -> (N,) or (d,) -> (), see `densities.user.as_target`.
         dim: d; needed for a callable.
+        score: of a callable, see `as_target`.
+        support: likewise, (low, high).
+        log_z: likewise.
         sampler: a name of `fewstep.available("teachers")`, or a teacher with settings of its own.
         loss: a name of `fewstep.available("losses")`; the teacher's own where it is None.
         options: how it is trained; the teacher's own where it is None, see `options_for`.
         overrides: single fields of `options`, such as `train_steps=500`.
 
     Raises:
-        ValueError: an unknown name, or a checkpoint in `out` that belongs to another run.
-        TypeError: `overrides` names no field of the options.
+        ValueError: an unknown name, a checkpoint in `out` that belongs to another run, or what `as_target` refuses.
+        TypeError: `overrides` names no field of the options, or `log_prob` is no density.
         FloatingPointError: the target is not finite where the paths lead.
         KeyboardInterrupt: the training was told to stop, and `out` names no folder to go on from.
     """
-    target = as_target(log_prob, dim)
+    target = as_target(log_prob, dim, score=score, support=support, log_z=log_z)
     teacher = get(sampler, "teachers")() if isinstance(sampler, str) else sampler
-    options = replace(options or options_for(teacher), **overrides)
+    options = replace(options or options_for(teacher), **known_fields(FitOptions, overrides))
     teacher.objective(Whitened(target), loss or teacher.default_loss)  # a wrong name fails before any work
     whitened = whiten(target, seed=options.seed) if options.whiten else Whitened(target)
     teacher, whitened = teacher.prepared(whitened, options.seed)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fewstep.core.density import TargetDensity
 from fewstep.core.noise import Streams
+from fewstep.densities.support import GIVE_SUPPORT
 from fewstep.densities.whitened import Whitened
 
 # in units of the start, N(0, I); a law that is wider still is not told from a flat one
@@ -44,7 +45,7 @@ def check_proper(target: TargetDensity, seed: int = 0) -> None:
     random = torch.nn.functional.normalize(Streams(seed + 1, range(64), torch.float64).randn(d), dim=1)
     if float((falls(free, start, random) > -d).double().mean()) > 0.05:
         raise Improper(
-            f"log_prob falls no faster than -{d} log |x|: its integral diverges; add a prior or give support="
+            f"log_prob falls no faster than -{d} log |x|: its integral diverges; add a prior or {GIVE_SUPPORT}"
         )
     ways = candidates(free, start)
     for way in ways:
@@ -53,7 +54,7 @@ def check_proper(target: TargetDensity, seed: int = 0) -> None:
             axis = int(way.abs().argmax())
             raise Improper(
                 f"log_prob does not fall along a direction (mostly coordinate {axis}, {float(way[axis]):+.2f}): "
-                "its integral diverges; add a prior or give support="
+                f"its integral diverges; add a prior or {GIVE_SUPPORT}"
             )
 
 

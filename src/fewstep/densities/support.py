@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 Support = tuple[Tensor | float, Tensor | float]
+GIVE_SUPPORT = "give support= to as_target or fit (--low and --high on the command line)"
 
 
 def to_box(u: Tensor, support: Support) -> Tensor:

@@ -7,10 +7,12 @@ normaliser. What happens later, a NaN among many values, is counted in `tally` a
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,9 +20,12 @@ from torch import Tensor
 from fewstep.core.density import TargetDensity, gradient
 from fewstep.core.noise import Streams
 from fewstep.densities.properness import check_proper
-from fewstep.densities.support import Support, to_box
+from fewstep.densities.support import GIVE_SUPPORT, Support, to_box
 
 Function = Callable[[Tensor], Tensor]
+# each end a number or d of them, as a tensor, an array or a list; None where there is no bound
+Ends = Sequence[Any]
+_GIVE_SCORE = "give score= to as_target or fit (--score on the command line)"
 
 
 class NonFinite(UserWarning):
@@ -68,6 +73,7 @@ class UserDensity(TargetDensity):
         dtype: the one dtype in which the function works, None for any.
         support: see `TargetDensity`.
         log_z: see `TargetDensity`.
+        hidden: whether autograd cannot see into the function, as into numpy: `own_score` is then the gradient of its values.
         tally: what was asked so far.
     """
 
@@ -77,6 +83,7 @@ class UserDensity(TargetDensity):
     dtype: torch.dtype | None = None
     support: Support | None = None
     log_z: float | None = None
+    hidden: bool = False
     tally: Tally = field(default_factory=Tally, repr=False)
 
     def log_prob(self, x: Tensor) -> Tensor:
@@ -88,16 +95,21 @@ class UserDensity(TargetDensity):
 
     def score(self, x: Tensor) -> Tensor:
         """See `TargetDensity`: rows that are not finite become zero and are tallied."""
-        value = self.own_score(x.to(self.dtype or x.dtype)).to(x) if self.own_score else gradient(self._value, x)
+        if self.own_score:
+            value = torch.as_tensor(self.own_score(x.to(self.dtype or x.dtype))).to(x)
+        else:
+            value = gradient(self._value, x)
         wrong = ~value.isfinite().all(1, keepdim=True)
         self.tally.note(gradients=len(x), nonfinite_gradients=wrong.sum())
         return torch.where(wrong, 0.0, value)
 
     def _value(self, x: Tensor) -> Tensor:
-        value = torch.as_tensor(self.function(x.to(self.dtype or x.dtype))).to(x.device).reshape(len(x))
+        points = x.detach() if self.hidden else x
+        value = torch.as_tensor(self.function(points.to(self.dtype or x.dtype))).to(x.device).reshape(len(x))
         # what is given in float64 stays so: of a log-density of -1e8 float32 keeps multiples of 8
         value = value.to(torch.promote_types(value.dtype, x.dtype))
-        return value + 0 * x.sum(1)  # a uniform law has gradient zero, not none
+        slope = self.score(points) if self.hidden and x.requires_grad and torch.is_grad_enabled() else 0.0
+        return value + (slope * (x - points)).sum(1)  # a uniform law has gradient zero, not none
 
 
 def as_target(
@@ -105,7 +117,7 @@ def as_target(
     dim: int | None = None,
     *,
     score: Function | None = None,
-    support: Support | None = None,
+    support: Ends | None = None,
     log_z: float | None = None,
     check: bool = True,
 ) -> TargetDensity:
@@ -114,32 +126,35 @@ def as_target(
     Args:
         log_prob: any torch callable, (N, d) -> (N,) or (d,) -> (); which of the two is found out by trying.
         dim: d; needed for a callable.
-        score: its gradient, (N, d) -> (N, d) or (d,) -> (d,), where autograd should not be used.
-        support: (low, high), each a number or (d,), infinite where there is no bound.
+        score: its gradient, (N, d) -> (N, d) or (d,) -> (d,), where autograd should not be used; of numpy arrays too.
+        support: (low, high), each a number or (d,), infinite or None where there is no bound. All lower ends come first: of two
+            coordinates in [0, 1] and [5, 6] it is ((0, 5), (1, 6)), and a pair for each coordinate would be read as another box.
         log_z: the log of its integral, where it is known.
         check: whether to try the gradient and the tails, some 10^3 evaluations.
 
     Raises:
-        TypeError: a callable that takes neither form, or dim is missing.
-        ValueError: a dim below 1, a support without room, no finite value,
-            a gradient that is not that of log_prob, or a density without a normaliser.
+        TypeError: no callable, one that takes neither form, or dim is missing.
+        ValueError: a score, support or log_z for a `TargetDensity`, which has its own, a dim below 1, a support that is no
+            (low, high) or without room, no finite value, a gradient that is not that of log_prob, or a density without a normaliser.
     """
     if isinstance(log_prob, TargetDensity):
         if dim not in (None, log_prob.dim):
             raise ValueError(f"the target has dim = {log_prob.dim}, not {dim}")
+        if any(given is not None for given in (score, support, log_z)):
+            raise ValueError("a TargetDensity has its own score, support and log_z: give none beside it")
         return log_prob
+    _check_callable(log_prob)
     if dim is None:
         raise TypeError("a log_prob that is a plain callable needs dim, the number of coordinates")
     if dim < 1:
         raise ValueError(f"dim must be at least 1, got {dim}")
-    if support is not None and any(torch.as_tensor(side).shape not in {(), (dim,)} for side in support):
-        raise ValueError(f"both ends of a support must be numbers or {dim} of them, got {support}")
-    if support is not None and not bool((torch.as_tensor(support[0]) < torch.as_tensor(support[1])).all()):
-        raise ValueError(f"the lower end of a support must lie below the upper one, got {support}")
-    x = probes(dim, support)
+    box = None if support is None else _box(support, dim)
+    x = probes(dim, box)
     batched, dtype = _batched(log_prob, x, (), "log_prob")
-    own = None if score is None else _cast(*_batched(score, x if dtype is None else x.to(dtype), (dim,), "score"))
-    target = UserDensity(batched, dim, own, dtype, support, log_z)
+    tried = x if dtype is None else x.to(dtype)
+    own = None if score is None else _own(score, tried)
+    hidden = own is not None and not getattr(_traced(batched, tried), "requires_grad", False)
+    target = UserDensity(batched, dim, own, dtype, box, log_z, hidden)
     if check:
         check_values(target, x)
         with warnings.catch_warnings():
@@ -166,9 +181,9 @@ def check_values(target: UserDensity, x: Tensor) -> None:
     found = "NaN" if bool(value.isnan().any()) else "+inf" if bool(value.isposinf().any()) else "-inf"
     where = f"log_prob is {found} at {missing} of {len(x)} points tried around 0"
     if missing == len(x):
-        raise ValueError(f"{where}; shift it there, or give support=")
+        raise ValueError(f"{where}; shift it there, or {GIVE_SUPPORT}")
     if missing:
-        warnings.warn(f"{where}; where it lives in a box, give support=", NonFinite, stacklevel=3)
+        warnings.warn(f"{where}; where it lives in a box, {GIVE_SUPPORT}", NonFinite, stacklevel=3)
 
 
 def check_gradient(target: UserDensity, x: Tensor) -> None:
@@ -181,13 +196,13 @@ def check_gradient(target: UserDensity, x: Tensor) -> None:
         score = target.score(x)
     except (RuntimeError, TypeError) as error:
         said = str(error).splitlines()[0]
-        raise ValueError(f"log_prob cannot be differentiated; write it in torch or give score= ({said})") from error
+        raise ValueError(f"log_prob cannot be differentiated; write it in torch or {_GIVE_SCORE}: {said}") from error
     step, direction = 1e-3, torch.nn.functional.normalize(x.flip(0), dim=1)
     value, ahead, behind = (target._value(x + s * step * direction) for s in (0, 1, -1))
     finite = value.isfinite() & ahead.isfinite() & behind.isfinite()
     if not target.own_score and not bool(score.any()) and bool((value[finite] != value[finite][:1]).any()):
         raise ValueError(
-            "log_prob has gradient zero at all points tried though it varies: it is not differentiable; give score="
+            f"log_prob has gradient zero at all points tried though it varies: it is not differentiable; {_GIVE_SCORE}"
         )
     slope, given = (ahead - behind) / (2 * step), (score * direction).sum(1)
     allowed = 0.05 * (slope.abs() + given.abs()) + 1e-6 * value.abs() / step + 1e-6
@@ -224,9 +239,74 @@ def _batched(function: Function, x: Tensor, event: tuple[int, ...], name: str) -
     )
 
 
-def _cast(function: Function, dtype: torch.dtype | None) -> Function:
-    """Return `function` of x in the one dtype in which it works."""
-    return function if dtype is None else lambda x: function(x.to(dtype))
+def _own(score: Function, x: Tensor) -> Function:
+    """Return a score as (N, d) -> (N, d), tried at `x`, (N, d), in the one dtype in which it works."""
+    called, dtype = _batched(score, x, x.shape[1:], "score")
+    x = x if dtype is None else x.to(dtype)
+    called = called if _traced(called, x) is not None else partial(_plain, called)
+    return called if dtype is None else lambda x: called(x.to(dtype))
+
+
+def _plain(score: Function, x: Tensor) -> Tensor:
+    """Return a score, (N, d) -> (N, d), that takes no points of which gradients are recorded.
+
+    Raises:
+        ValueError: they are asked for.
+    """
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(x)
+    if wrapped or (x.requires_grad and torch.is_grad_enabled()):
+        raise ValueError(
+            "the score cannot be differentiated, as numpy cannot: write it in torch, or choose a sampler and a loss that do not "
+            "ask for it (not kl)"
+        )
+    return score(x.detach())
+
+
+def _traced(function: Function, x: Tensor) -> Tensor | None:
+    """Return what `function` gives at `x`, (N, d), where gradients are recorded; None where it refuses, as numpy does."""
+    try:
+        with torch.enable_grad(), warnings.catch_warnings(action="ignore"):
+            return torch.as_tensor(function(x.detach().requires_grad_()))
+    except Exception:  # noqa: BLE001 - whatever a user's function may raise
+        return None
+
+
+def _box(support: Ends, dim: int) -> Support:
+    """Return a support with infinite ends where it has None.
+
+    Raises:
+        ValueError: it is not (low, high), or has no room.
+    """
+    ends = [_end(side, infinite) for side, infinite in zip(support, (-math.inf, math.inf), strict=False)]
+    if len(support) != 2 or any(torch.as_tensor(end).shape not in {(), (dim,)} for end in ends):
+        raise ValueError(
+            f"both ends of a support, (low, high), must be numbers or {dim} of them, all lower ends first; got {support}"
+        )
+    low, high = ends
+    if not bool((torch.as_tensor(low) < torch.as_tensor(high)).all()):
+        raise ValueError(f"the lower end of a support must lie below the upper one, got {support}")
+    return low, high
+
+
+def _end(side: Any, infinite: float) -> Any:
+    """Return one end of a support with None, alone or in a list, as `infinite`."""
+    if isinstance(side, (list, tuple)):
+        return torch.tensor([infinite if v is None else float(v) for v in side], dtype=torch.float64)
+    return infinite if side is None else side
+
+
+def _check_callable(log_prob: object) -> None:
+    """Refuse what is no function of x.
+
+    Raises:
+        TypeError: with what to give instead.
+    """
+    if isinstance(log_prob, str):
+        raise TypeError(f"log_prob is a name: for a density of the list give fewstep.target({log_prob!r})")
+    if isinstance(log_prob, type):
+        raise TypeError(f"log_prob is the class {log_prob.__name__}: give an object of it")
+    if not callable(log_prob):
+        raise TypeError(f"log_prob must be a TargetDensity or a callable, got {type(log_prob).__name__}")
 
 
 def _loop(function: Function, x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from fewstep.core.density import Bounds, TargetDensity
 from fewstep.core.noise import Noise, Streams
 from fewstep.densities.bend import bend_of, bend_slopes, bent, straight
-from fewstep.densities.support import box_slopes, from_box, to_box
+from fewstep.densities.support import GIVE_SUPPORT, box_slopes, from_box, to_box
 
 _ROUNDS = 6  # of `whiten`, with a new scale after each
 
@@ -150,7 +150,9 @@ def whiten(
         path, value, size = _langevin(found, found._inverse(u), size, steps // _ROUNDS, noise)
         finite = ~value.isneginf()
         if not bool(finite.any()):
-            raise ValueError("log_prob is not finite anywhere where it was tried: shift it towards 0, or give support=")
+            raise ValueError(
+                f"log_prob is not finite anywhere where it was tried: shift it towards 0, or {GIVE_SUPPORT}"
+            )
         # at least half, or a few chains in a narrow place would speak for all
         enough = torch.minimum(value.max() - 10 - 2 * target.dim, value[finite].median())
         arrived = (value >= enough) & finite

@@ -11,17 +11,19 @@ the MMSE denoiser, with more it is the probability-flow map that a consistency m
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from fewstep.core.checks import check_counts, check_not_negative, check_positive, check_shares
 from fewstep.core.flow import flow_calls, ladder, probability_flow
 from fewstep.core.noise import Noise
 from fewstep.core.problem import Posterior
 from fewstep.core.reference import Reference
-from fewstep.core.sampler import Sampler, State, check_shares
+from fewstep.core.sampler import Sampler, State
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,13 @@ class CM4IR(Sampler):
 
     def __post_init__(self) -> None:
         check_shares(self, "eta")
+        check_not_negative(self, "gamma")
+        check_positive(self, "mu", "zeta")
+        check_counts(self, "decoder_steps")
+        if not 0 < self.start < 1:
+            raise ValueError(f"start must lie inside (0, 1), got {self.start}")
+        if not -1 < self.delta < math.inf:
+            raise ValueError(f"delta must be finite and above -1, got {self.delta}")
 
     @property
     def nfe(self) -> int:

@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 
 from fewstep.core.batch import like
+from fewstep.core.checks import check_shares
 from fewstep.core.kernel import epsilon_of
 from fewstep.core.noise import Noise
 from fewstep.core.problem import Posterior
 from fewstep.core.reference import Reference
-from fewstep.core.sampler import DiffusionSampler, State, check_shares
+from fewstep.core.sampler import DiffusionSampler, State
 from fewstep.core.spectral import inverse_square, significant
 
 

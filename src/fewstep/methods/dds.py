@@ -12,12 +12,13 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from fewstep.core.checks import check_counts, check_positive, check_shares
 from fewstep.core.kernel import epsilon_of, fraction_std, renoise
 from fewstep.core.linalg import cg
 from fewstep.core.noise import Noise
 from fewstep.core.problem import Posterior
 from fewstep.core.reference import Reference
-from fewstep.core.sampler import DiffusionSampler, State, check_shares
+from fewstep.core.sampler import DiffusionSampler, State
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ class DDS(DiffusionSampler):
 
     def __post_init__(self) -> None:
         check_shares(self, "eta")
+        check_positive(self, "gamma")
+        check_counts(self, "iterations")
 
     @property
     def nfe(self) -> int:

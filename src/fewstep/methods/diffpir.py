@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from fewstep.core.checks import check_positive, check_shares
 from fewstep.core.kernel import epsilon_of, fraction_std, renoise
 from fewstep.core.noise import Noise
 from fewstep.core.problem import Posterior
@@ -50,8 +51,8 @@ class DiffPIR(DiffusionSampler):
     )
 
     def __post_init__(self) -> None:
-        if not (self.lam > 0 and 0 <= self.zeta <= 1):
-            raise ValueError(f"lam must be positive and zeta in [0, 1], got {self.lam} and {self.zeta}")
+        check_positive(self, "lam")
+        check_shares(self, "zeta")
 
     @property
     def nfe(self) -> int:

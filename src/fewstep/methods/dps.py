@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from fewstep.core.batch import item_norm, like
+from fewstep.core.checks import check_positive, check_shares
 from fewstep.core.kernel import ddim_std, epsilon_of, renoise
 from fewstep.core.noise import Noise
 from fewstep.core.problem import Posterior, Pullback
 from fewstep.core.reference import Reference
-from fewstep.core.sampler import DiffusionSampler, State, check_shares
+from fewstep.core.sampler import DiffusionSampler, State
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class DPS(DiffusionSampler):
 
     def __post_init__(self) -> None:
         check_shares(self, "eta")
+        check_positive(self, "zeta")
 
     @property
     def nfe(self) -> int:

@@ -25,6 +25,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fewstep.core.checks import check_counts, check_not_negative, check_positive
 from fewstep.core.flow import flow_calls, ladder, probability_flow
 from fewstep.core.grid import spaced, uniform
 from fewstep.core.noise import Noise
@@ -92,6 +93,11 @@ class LATINO(Sampler):
     def __post_init__(self) -> None:
         if self.ladder not in LADDERS:
             raise ValueError(f"unknown ladder {self.ladder!r}; choose one of {', '.join(LADDERS)}")
+        check_positive(self, "pairing", "ratio_min", "power")
+        check_not_negative(self, "bound")
+        check_counts(self, "decoder_steps")
+        if not 0 <= self.stay < max(1, self.steps):
+            raise ValueError(f"stay must be at least 0 and less than the {self.steps} steps, got {self.stay}")
 
     @property
     def nfe(self) -> int:

@@ -17,6 +17,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from fewstep.core.batch import like
+from fewstep.core.checks import check_counts
 from fewstep.core.linalg import cg
 from fewstep.core.noise import Noise
 from fewstep.core.problem import Posterior
@@ -51,6 +52,10 @@ class MMPS(GuidedSampler):
         "Advances in Neural Information Processing Systems",
         "2405.13712",
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_counts(self, "iterations")
 
     @property
     def nfe(self) -> int:

@@ -15,6 +15,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from fewstep.core.checks import check_positive
 from fewstep.core.noise import Noise
 from fewstep.core.problem import Posterior
 from fewstep.core.reference import Reference
@@ -52,6 +53,10 @@ class PiGDM(GuidedSampler):
         2023,
         "International Conference on Learning Representations",
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "spread")
 
     @property
     def nfe(self) -> int:

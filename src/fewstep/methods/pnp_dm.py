@@ -17,6 +17,7 @@ from typing import ClassVar
 import torch
 
 from fewstep.core.batch import like
+from fewstep.core.checks import check_counts, check_positive
 from fewstep.core.flow import reverse_draw
 from fewstep.core.noise import Noise
 from fewstep.core.problem import Posterior
@@ -56,6 +57,14 @@ class PnPDM(Sampler):
         "Advances in Neural Information Processing Systems",
         "2405.18782",
     )
+
+    def __post_init__(self) -> None:
+        check_positive(self, "rho_min")
+        check_counts(self, "inner_steps")
+        if not self.rho_max > 0:  # infinity stands for the schedule's largest
+            raise ValueError(f"rho_max must be positive, got {self.rho_max}")
+        if not 0 < self.decay <= 1:
+            raise ValueError(f"decay must lie in (0, 1], got {self.decay}")
 
     @property
     def nfe(self) -> int:

@@ -16,6 +16,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from fewstep.core.checks import check_not_negative, check_positive
 from fewstep.core.kernel import epsilon_of
 from fewstep.core.noise import Noise
 from fewstep.core.problem import Posterior
@@ -57,6 +58,10 @@ class REDDiff(DiffusionSampler):
         "2305.04391",
     )
     betas: ClassVar[tuple[float, float]] = (0.9, 0.99)
+
+    def __post_init__(self) -> None:
+        check_not_negative(self, "lam")
+        check_positive(self, "lr")
 
     @property
     def nfe(self) -> int:

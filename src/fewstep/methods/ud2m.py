@@ -64,9 +64,16 @@ class UD2M(UnfoldedSampler):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        idle = [f.name for f in fields(self) if f.name in UNTRAINED and getattr(self, f.name) != f.default]
-        if self.network and idle:
-            raise ValueError(f"the trained network {self.network!r} has its own {', '.join(idle)}: give none beside it")
+        given = [f.name for f in fields(self) if f.name in self.idle and getattr(self, f.name) != f.default]
+        if given:
+            raise ValueError(
+                f"the trained network {self.network!r} has its own {', '.join(given)}: give none beside it"
+            )
+
+    @property
+    def idle(self) -> tuple[str, ...]:
+        """See `Sampler`; a trained network replaces those of the untrained one."""
+        return UNTRAINED if self.network else ()
 
     @property
     def folder(self) -> Path | None:

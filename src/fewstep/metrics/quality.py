@@ -29,6 +29,10 @@ class Missing(ValueError):
     """A metric cannot be computed here; the message is the reason."""
 
 
+class NoWeights(Missing):
+    """The network of a metric has no weights here."""
+
+
 def psnr(x: Tensor, truth: Tensor) -> float:
     """Return the peak signal-to-noise ratio in dB over all of (1, C, H, W) in [0, 1]; infinite where they are equal."""
     _check(x, truth)
@@ -78,6 +82,8 @@ def lpips(
         return None, f"LPIPS needs at least {_SMALLEST[net]} pixels per side, the image has {tuple(x.shape[-2:])}"
     try:
         network = lpips_net(net, weights)
+    except NoWeights as reason:
+        return None, f"{reason}, or give --lpips-weights PATH"
     except Missing as reason:
         return None, str(reason)
     with torch.inference_mode():
@@ -164,8 +170,8 @@ def _build(net: str, file: Path | None) -> nn.Module:
     if file is None:
         cache = Path(torch.hub.get_dir()) / "checkpoints"
         if not list(cache.glob(_CACHED[net])):
-            raise Missing(
-                f"no LPIPS weights: give --lpips-weights PATH or set {LPIPS_VARIABLE}, or let the lpips package "
+            raise NoWeights(
+                f"no LPIPS weights: set {LPIPS_VARIABLE} to their file or folder, or let the lpips package "
                 f"download them to {cache} once: python -c \"import lpips; lpips.LPIPS(net='{net}')\""
             )
         return LPIPS(net=net, verbose=False).requires_grad_(False)

@@ -16,6 +16,7 @@ from fewstep.core.noise import Noise, mix
 from fewstep.operators.image import image_likelihood
 
 Shape = tuple[int, int, int]
+AUTO = "auto"  # value of an option that is left to the library
 WORDS: dict[str, type[Operator]] = {}
 
 
@@ -90,9 +91,18 @@ class Operator(ABC):
         """Return the operator with the options that a measurement itself shows, those of a JPEG file."""
         return self
 
+    def measured(self) -> Self:
+        """Return the operator of a measurement that comes from outside and was not simulated."""
+        return self
+
+    def framed(self, x: Tensor) -> Tensor:
+        """Return the part of images, (..., H, W), that a measurement shows, where the scene is larger."""
+        return x
+
     def describe(self) -> str:
-        """Return one line: the word and its options."""
-        options = ", ".join(f"{f.name} {getattr(self, f.name)}" for f in fields(self))  # type: ignore[arg-type]
+        """Return one line: the word and its options, but for those that are left to the library."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        options = ", ".join(f"{name} {value}" for name, value in values.items() if value != AUTO)
         return f"{self.word} ({options})" if options else self.word
 
     def _seen(self, noise: Tensor, physics: Any) -> Tensor:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fewstep.compat import prepare_torchvision
-from fewstep.core.likelihood import GaussianLikelihood, fitting_adjoint
+from fewstep.core.likelihood import GaussianLikelihood
+from fewstep.core.physics import check_measurement, fitting_adjoint
 
 
 def to_unit(x: Tensor) -> Tensor:
@@ -45,8 +46,7 @@ def image_likelihood(
         ValueError: y is not finite or does not fit the operator, sigma is not positive, a blur kernel is larger than the
             image, or the operator has a constant part.
     """
-    if not bool(torch.isfinite(y).all()):
-        raise ValueError("the measurement holds NaN or infinite values")
+    check_measurement(y)
     back = fitting_adjoint(physics, y)
     check_filter(physics, back)
     if bool((offset := physics.A(torch.zeros_like(back))).abs().max() > 0):

@@ -10,6 +10,7 @@ import re
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,16 @@ _MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 _RESTART = re.compile(rb"\xff[\xd0-\xd7]")
 _STARTS = {0xC0: False, 0xC1: False, 0xC2: True}  # start-of-frame markers: progressive or not
 _OTHER_STARTS = {0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF}
+_STANDARD = bytes.fromhex(  # the Huffman tables of T.81, K.3, as a segment holds them
+    "0000010501010101010100000000000000000102030405060708090a0b100002010303020403050504040000017d010203000411"
+    "05122131410613516107227114328191a1082342b1c11552d1f02433627282090a161718191a25262728292a3435363738393a43"
+    "4445464748494a535455565758595a636465666768696a737475767778797a838485868788898a92939495969798999aa2a3a4a5"
+    "a6a7a8a9aab2b3b4b5b6b7b8b9bac2c3c4c5c6c7c8c9cad2d3d4d5d6d7d8d9dae1e2e3e4e5e6e7e8e9eaf1f2f3f4f5f6f7f8f9fa"
+    "0100030101010101010101010000000000000102030405060708090a0b1100020102040403040705040400010277000102031104"
+    "052131061241510761711322328108144291a1b1c109233352f0156272d10a162434e125f11718191a262728292a35363738393a"
+    "434445464748494a535455565758595a636465666768696a737475767778797a82838485868788898a92939495969798999aa2a3"
+    "a4a5a6a7a8a9aab2b3b4b5b6b7b8b9bac2c3c4c5c6c7c8c9cad2d3d4d5d6d7d8d9dae2e3e4e5e6e7e8e9eaf2f3f4f5f6f7f8f9fa"
+)
 
 
 @dataclass
@@ -73,7 +84,7 @@ def read_jpeg(source: str | Path | bytes) -> JpegFile:
         raise ValueError(f"{name} is not a JPEG file")
     try:
         return _parse(data)
-    except (IndexError, KeyError, OverflowError) as error:
+    except (LookupError, ArithmeticError, StopIteration) as error:
         raise ValueError(f"{name} is damaged or cut short ({type(error).__name__})") from None
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
@@ -153,6 +164,14 @@ def _huffman(file: JpegFile, body: bytes) -> None:
         at += 17 + sum(counts)
 
 
+@cache
+def _standard() -> dict[int, array[int]]:
+    """Return the code tables that baseline files without their own mean, as frames of Motion JPEG do."""
+    file = JpegFile()
+    _huffman(file, _STANDARD)
+    return file.huffman
+
+
 def _frame(file: JpegFile, body: bytes, progressive: bool) -> None:
     if body[0] != 8:
         raise ValueError(f"only 8 bit per sample are read, not {body[0]}")
@@ -212,12 +231,13 @@ class _Scan:
 
 
 def _scan(file: JpegFile, body: bytes, data: bytes) -> None:
-    count = body[0]
+    count, none = body[0], array("i")  # an empty table: not every scan reads both
+    known = file.huffman if file.progressive else _standard() | file.huffman
     chosen = []
     for i in range(count):
         identifier, tables = body[1 + 2 * i], body[2 + 2 * i]
         component = next(c for c in file.components if c.identifier == identifier)
-        chosen.append((component, file.huffman.get(tables >> 4), file.huffman.get(16 | tables & 15)))
+        chosen.append((component, known.get(tables >> 4, none), known.get(16 | tables & 15, none)))
     first, last, approximation = body[1 + 2 * count : 4 + 2 * count]
     scan = _Scan(first, last, approximation >> 4, approximation & 15)
     decode = _decoder(file.progressive, scan)

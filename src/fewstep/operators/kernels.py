@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
+from fewstep.images import DAMAGE, TOO_LARGE
 from fewstep.operators.image import deepinv_physics
 
 _LARGEST = 4096  # pixels along the edge of a kernel: more would fill the memory
@@ -54,6 +55,8 @@ def motion_kernel(size: int, seed: int = 0, length: float = 0.3, spread: float =
     if not (length > 0 and spread > 0):
         raise ValueError(f"length and spread must be positive, got {length} and {spread}")
     kind = deepinv_physics().generator.MotionBlurGenerator
+    if not -(1 << 63) <= seed < 1 << 64:
+        raise ValueError(f"kernel_seed must fit into 64 bits, got {seed}")
     draw = kind((size, size), rng=torch.Generator().manual_seed(seed), l=length, sigma=spread)
     return normalise(draw.step()["filter"][0, 0].double())
 
@@ -100,7 +103,7 @@ def _from_png(path: Path) -> list[np.ndarray]:
     try:
         with Image.open(path) as image:
             pixels = np.asarray(image if image.mode.startswith("I") else image.convert("L"))
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except (*DAMAGE, *TOO_LARGE) as error:
         raise ValueError(f"{path} cannot be read as an image ({error})") from None
     return [pixels]
 

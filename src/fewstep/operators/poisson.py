@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from fewstep.core.batch import item_dot, item_norm, like
-from fewstep.core.likelihood import Counts, GaussianLikelihood, Likelihood, fitting_adjoint, repeat_physics
+from fewstep.core.likelihood import Counts, GaussianLikelihood, Likelihood
 from fewstep.core.linalg import cg
 from fewstep.core.noise import Noise
+from fewstep.core.physics import check_measurement, fitting_adjoint, repeat_physics
 from fewstep.core.spectral import DiagonalSpectrum, spectrum_of
 from fewstep.operators.image import check_filter
 
@@ -62,8 +63,7 @@ class PoissonLikelihood(Likelihood):
         unit: bool = True,
         max_iter: int = 100,
     ) -> None:
-        if not bool(torch.isfinite(y).all()):
-            raise ValueError("the measurement holds NaN or infinite values")
+        check_measurement(y)
         gain, read_out = (torch.as_tensor(a, dtype=y.dtype, device=y.device) for a in (gain, sigma))
         _check(y, gain, read_out, background)
         self.y, self.physics, self.background = y, physics, background

@@ -11,15 +11,16 @@ from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from fewstep.core.likelihood import GaussianLikelihood, Likelihood
+from fewstep.images import DAMAGE, TOO_LARGE
 from fewstep.operators import kernels
-from fewstep.operators.base import WORDS, Operator, Shape, option, register, shape_of
+from fewstep.operators.base import AUTO, WORDS, Operator, Shape, option, register, shape_of
 from fewstep.operators.estimate import estimate_sigma
 from fewstep.operators.image import check_kernel, deepinv_physics, image_likelihood
 from fewstep.operators.jpeg import JpegLikelihood, JpegMeasurement, encode, encoded, gaussian_jpeg, settings_of
@@ -58,8 +59,23 @@ class Denoise(Operator):
         return estimate_sigma(y) if sigma is None else sigma
 
 
+BOUNDARIES = (AUTO, "circular", "valid")
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Blur(Operator):
-    """Circular convolution with a kernel."""
+    """Convolution with a kernel: circular, or of a scene that goes on beyond the frame, of which the photograph is the inner part.
+
+    A photograph's scene does go on. Taken for circular, it rings at the border; simulations are circular, which has a closed form.
+    """
+
+    boundary: str = option(
+        AUTO, "circular, or valid where the scene goes on beyond the frame: that of a photograph, slower"
+    )
+
+    def __post_init__(self) -> None:
+        if self.boundary not in BOUNDARIES:
+            raise ValueError(f"unknown boundary {self.boundary!r}; choose one of {', '.join(BOUNDARIES)}")
 
     @abstractmethod
     def filter(self) -> Tensor:
@@ -67,9 +83,40 @@ class _Blur(Operator):
 
     def build(self, image_shape: Shape, dtype: torch.dtype = torch.float32) -> Any:
         """See `Operator`."""
-        kernel = self.filter()
-        check_kernel(kernel, image_shape[1:])
+        kernel, (high, wide) = self.filter(), self._margin()
+        check_kernel(kernel, (image_shape[1] - high, image_shape[2] - wide))
+        if self.boundary == "valid":
+            return deepinv_physics().Blur(filter=kernel.to(dtype), padding="valid", use_fft=True)
         return deepinv_physics().BlurFFT(img_size=tuple(image_shape), filter=kernel.to(dtype))
+
+    def likelihood(
+        self, y: Any, image_shape: Shape | None = None, sigma: Tensor | float | None = None, **options: Any
+    ) -> Likelihood:
+        """See `Operator`; without a closed form the tolerance is one that single precision reaches."""
+        return super().likelihood(
+            y, image_shape, sigma, **{"tol": max(1e-6, 1e3 * torch.finfo(y.dtype).eps), **options}
+        )
+
+    def image_shape(self, y: Tensor) -> Shape:
+        """See `Operator`; with the margin that blurs into the frame."""
+        c, h, w = super().image_shape(y)
+        high, wide = self._margin()
+        return c, h + high, w + wide
+
+    def framed(self, x: Tensor) -> Tensor:
+        """See `Operator`; without the margin."""
+        high, wide = self._margin()
+        top, left = high // 2, wide // 2  # where deepinv puts the centre of a kernel
+        return x[..., top : x.shape[-2] - high + top, left : x.shape[-1] - wide + left]
+
+    def measured(self) -> Self:
+        """See `Operator`; the scene of a photograph goes on beyond its frame."""
+        return replace(self, boundary="valid") if self.boundary == AUTO else self
+
+    def _margin(self) -> tuple[int, int]:
+        """Return by how many rows and columns the scene is larger than what is measured of it."""
+        h, w = self.filter().shape[-2:] if self.boundary == "valid" else (1, 1)
+        return h - 1, w - 1
 
 
 @register
@@ -231,6 +278,8 @@ class InpaintRandom(_Mask):
     def __post_init__(self) -> None:
         if not 0 <= self.rate < 1:
             raise ValueError(f"the rate of missing pixels must be in [0, 1), got {self.rate}")
+        if not -(1 << 63) <= self.mask_seed < 1 << 64:
+            raise ValueError(f"mask_seed must fit into 64 bits, got {self.mask_seed}")
 
     def known(self, image_shape: Shape) -> Tensor:
         """See `_Mask`."""
@@ -274,7 +323,7 @@ class Inpaint(_Mask):
         try:
             with Image.open(self.mask) as image:
                 grey = torch.tensor(list(image.convert("L").tobytes())).reshape(image.height, image.width)
-        except (UnidentifiedImageError, OSError) as error:
+        except (*DAMAGE, *TOO_LARGE) as error:
             raise ValueError(f"{self.mask} cannot be read as a mask ({error})") from None
         if tuple(grey.shape) != tuple(image_shape[1:]):
             h, w = image_shape[1:]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import pickle
 import re
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -157,7 +158,7 @@ class AdmUNet(nn.Module):
 
 
 class GuidedDiffusionDenoiser(DiscreteDenoiser):
-    """A guided-diffusion UNet that predicts epsilon; class-conditional ones take `class_labels`, (N,).
+    """A guided-diffusion UNet that predicts epsilon; class-conditional ones take `label`, () or (N,).
 
     Args:
         unet: the network.
@@ -166,7 +167,7 @@ class GuidedDiffusionDenoiser(DiscreteDenoiser):
 
     def __init__(self, unet: AdmUNet, schedule: Tabulated) -> None:
         flags = unet.flags
-        super().__init__(schedule, "epsilon", flags.in_channels, 2 ** (len(flags.multipliers) - 1))
+        super().__init__(schedule, "epsilon", flags.in_channels, 2 ** (len(flags.multipliers) - 1), flags.classes)
         self.unet = unet
 
     def network(self, x: Tensor, step: Tensor, **cond: Any) -> Tensor:
@@ -205,6 +206,14 @@ def _read_state(path: Path) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
         raise ValueError(f"{path} cannot be read as weights ({' '.join(str(error).split())[:200]})") from None
+    except (
+        LookupError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        struct.error,
+    ):  # other bytes, taken for a pickle's commands
+        raise ValueError(f"{path} cannot be read as weights (it is no checkpoint)") from None
     if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"{path} holds no plain state dict of tensors")
     return state

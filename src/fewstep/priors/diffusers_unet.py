@@ -17,7 +17,7 @@ PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x0"}
 
 
 class DiffusersDenoiser(DiscreteDenoiser):
-    """A diffusers UNet; class-conditional ones take `class_labels`, (N,).
+    """A diffusers UNet; class-conditional ones take `label`, () or (N,).
 
     Args:
         unet: a `UNet2DModel` trained on images in [-1, 1].
@@ -32,7 +32,8 @@ class DiffusersDenoiser(DiscreteDenoiser):
         if kind not in PREDICTIONS:
             raise ValueError(f"prediction_type {kind!r} is not supported, one of {sorted(PREDICTIONS)}")
         halvings = len(config["block_out_channels"]) - 1
-        super().__init__(table(scheduler), PREDICTIONS[kind], config["in_channels"], 2**halvings)
+        classes = config.get("num_class_embeds") or 0
+        super().__init__(table(scheduler), PREDICTIONS[kind], config["in_channels"], 2**halvings, classes)
         self.unet = unet
 
     def network(self, x: Tensor, step: Tensor, **cond: Any) -> Tensor:
@@ -41,20 +42,17 @@ class DiffusersDenoiser(DiscreteDenoiser):
 
 
 def table(scheduler: Mapping[str, Any]) -> Tabulated:
-    """Return the table of a scheduler configuration; ValueError where it has no betas."""
+    """Return the table of a scheduler configuration; ValueError where it has no betas, or a last step without signal."""
     prepare_torchvision()
     from diffusers import DDPMScheduler
 
     if scheduler.get("trained_betas") is None and "beta_start" not in scheduler:
         raise ValueError(f"scheduler {scheduler.get('_class_name', 'without a name')!r} has no table of betas")
-    known = (
-        "num_train_timesteps",
-        "beta_start",
-        "beta_end",
-        "beta_schedule",
-        "trained_betas",
-        "rescale_betas_zero_snr",
-    )
+    if scheduler.get("rescale_betas_zero_snr"):
+        raise ValueError(
+            "rescale_betas_zero_snr is not supported: alpha is 0 at the last step, and sigma / alpha infinite"
+        )
+    known = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
     ddpm: Any = DDPMScheduler(**{k: scheduler[k] for k in known if k in scheduler})
     return Tabulated(tuple(ddpm.alphas_cumprod.double().tolist()))
 

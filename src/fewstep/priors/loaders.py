@@ -96,10 +96,15 @@ def _from_folder(folder: str | Path, **options: Any) -> Denoiser:
     from fewstep.priors.unet import UNetDenoiser
 
     path = Path(folder)
-    if (path / HEADER).is_file() and read_header(path).get("format") == "fewstep-prior":
+    kind = read_header(path).get("format") if (path / HEADER).is_file() else None
+    if kind == "fewstep-prior":
         return UNetDenoiser.load(path, **options)
+    if kind is not None:
+        raise ValueError(f"{path} holds a {kind}, no prior; load_sampler and --set network= take trained samplers")
     if any((path / name).is_file() for name in (HEADER, f"unet/{HEADER}", "model_index.json")):
         return load_diffusers(path, **options)
+    if (path / "prior" / HEADER).is_file():
+        raise ValueError(f"{path} is the folder of a training; the prior is in {path / 'prior'}")
     raise ValueError(f"{path} holds no prior: no {HEADER} of this library or of diffusers")
 
 

@@ -56,6 +56,9 @@ def read_recipe(path: str | Path) -> Any:
     import yaml
 
     file = FOLDER / f"{path}.yaml" if (FOLDER / f"{path}.yaml").is_file() else Path(path)
+    if not file.is_file():
+        shipped = ", ".join(sorted(recipe.stem for recipe in FOLDER.glob("*.yaml")))
+        raise ValueError(f"{file} cannot be read as a recipe: there is no such file, and those that ship are {shipped}")
     try:
         values = yaml.load(file.read_text(encoding="utf-8"), _loader())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -112,7 +115,7 @@ def prior_trainer(recipe: PriorRecipe, data: str | Path, out: str | Path, steps:
     Every process starts from the same weights, drawn from the recipe's seed.
     """
     from fewstep.core.noise import seeded
-    from fewstep.data import RandomCrops, crop_shapes, list_images, load_image, split
+    from fewstep.data import RandomCrops, crop_shapes, largest, list_images, load_image, split
     from fewstep.objectives.denoising import DenoisingScoreMatching
     from fewstep.priors.unet import UNetConfig, UNetDenoiser
     from fewstep.recipes.validation import DenoisingPSNR
@@ -122,15 +125,16 @@ def prior_trainer(recipe: PriorRecipe, data: str | Path, out: str | Path, steps:
     options = options if steps is None else replace(options, steps=steps)
     config = build(UNetConfig, recipe.network, "network")
     objective = build(DenoisingScoreMatching, recipe.objective, "objective")
-    images = [load_image(path) for path in list_images(data)]
-    training, held_out = split(images, recipe.holdout)
+    validation = build(DenoisingPSNR, recipe.validation, "validation")
+    training, held_out = split(list_images(data), recipe.holdout)
+    shapes = crop_shapes(recipe.crops)
     return Trainer(
         model=seeded(lambda: UNetDenoiser(config), options.seed),
         objective=objective,
-        data=RandomCrops(training, crop_shapes(recipe.crops), options.seed),
+        data=RandomCrops([load_image(path, largest(shapes)) for path in training], shapes, options.seed),
         out=Path(out),
         options=options,
-        validate=build(DenoisingPSNR, recipe.validation, "validation").on(held_out),
+        validate=validation.on([load_image(path, validation.size) for path in held_out]),
         export=partial(UNetDenoiser.save, folder=Path(out) / "prior"),
         describe={
             "network": asdict(config),
@@ -170,6 +174,16 @@ KINDS: dict[str, Callable[[], type]] = {
     "labelled": _labelled,
     "classifier": _classifier,
 }
+
+
+# what trainings write to a folder of this name, and how it is used
+USES = {"sampler": "--method ud2m --set network={}", "prior": "--prior {}", "classifier": "Classifier.load({!r})"}
+
+
+def written(out: str | Path) -> list[str]:
+    """Return one line for each model that a training wrote to `out`: where it lies and how it is used."""
+    folders = {name: str(Path(out) / name) for name in USES if (Path(out) / name).is_dir()}
+    return [f"written to {folder}; use it with {USES[name].format(folder)}" for name, folder in folders.items()]
 
 
 def train(

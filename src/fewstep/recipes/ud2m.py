@@ -14,7 +14,7 @@ from torch import nn
 
 from fewstep.core.denoiser import Denoiser
 from fewstep.core.noise import seeded
-from fewstep.data import RandomCrops, crop_shapes, list_images, load_image, split
+from fewstep.data import RandomCrops, crop_shapes, largest, list_images, load_image, split
 from fewstep.measurements import Family, SimulatedMeasurements
 from fewstep.metrics import LPIPS_VARIABLE, Missing, lpips_net
 from fewstep.objectives.adversarial import Critic, CriticConfig
@@ -116,14 +116,13 @@ class UD2MRecipe:
         if not isinstance(prior, UNetDenoiser):
             raise ValueError(f"a {type(prior).__name__} cannot be adapted by this recipe; it takes a UNetDenoiser")
         objective, network = self.losses(prior, device), self.unfolded(prior, options.seed)
-        images = [load_image(path) for path in list_images(data)]
-        training, held_out = split(images, self.holdout)
-        crops = RandomCrops(training, crop_shapes(self.crops), options.seed)
-        figures = build(SamplingFigures, self.validation, "validation")
+        training, held_out = split(list_images(data), self.holdout)
+        shapes, figures = crop_shapes(self.crops), build(SamplingFigures, self.validation, "validation")
+        crops = RandomCrops([load_image(path, largest(shapes)) for path in training], shapes, options.seed)
         facts = {
             "prior": self.prior,
             "recipe": {"kind": "ud2m", **asdict(self)},
-            "data": f"{len(images)} photographs, of which the last {self.holdout} in sorted order were held out",
+            "data": f"{len(training) + len(held_out)} photographs, of which the last {self.holdout} in sorted order were held out",
             "command": f"fewstep train recipe.yaml {Path(data).name} --out {Path(out).name} --steps {options.steps}",
             "licence": self.licence,
         }
@@ -133,7 +132,7 @@ class UD2MRecipe:
             data=SimulatedMeasurements(crops, families, str(device)),
             out=Path(out),
             options=options,
-            validate=figures.on(held_out, families, prior, str(device)),
+            validate=figures.on([load_image(path, figures.size) for path in held_out], families, prior, str(device)),
             export=partial(_export, out=Path(out), prior=prior, facts=facts),
             describe={**_numbers(self), "training": {"seed": options.seed}},
         )

@@ -77,7 +77,7 @@ class Walk:
         """Put predictions of x_0 into `x0`, (N, *event), for those of `items` that lack one, at the cost of their share."""
         items = items[self.stale[items]]
         if len(items):
-            some = replace(problem, counts=Counts())
+            some = replace(problem, cond=problem.cond_with(lambda value: value[items]), counts=Counts())
             x0[items] = predict(some, self.x[items], self.times[self.level[items]], self.streams(items))
             problem.counts.add(some.counts, len(items) / len(x0))
 

@@ -6,7 +6,9 @@ direction is proportional to
     (lambda + kappa^2 |u|^2) n - kappa (1 - kappa + kappa c) |n|^2 u.
 
 This form does not cancel. The usual order, n - m <m, n> / (lambda + |m|^2), subtracts nearly equal vectors and in single precision
-is about 10 % rounding at the published lambda. At kappa = 0, the released default, LML is DDIM exactly.
+is about 10 % rounding at the published lambda. At kappa = 0, the released default, LML is DDIM exactly. With kappa > 0 it tends
+to DDIM as u, which shrinks with the step, becomes small: by about kappa |n| |u| / lambda, which must be far below 1. At the
+published lambda that takes more steps than anybody makes.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ class LML(MultistepSolver):
     Args:
         steps: network calls.
         damping: the paper's lambda, positive, against squared norms of epsilon over an item.
-        kappa: share of the direction before in m; 0 changes nothing.
+        kappa: share of the epsilon before in m; 0 changes nothing.
         grid: spacing of the times.
     """
 
@@ -42,7 +44,7 @@ class LML(MultistepSolver):
     form: ClassVar = EPSILON
     order: ClassVar = 1
     recall: ClassVar = 1
-    limit: ClassVar = "the prior as steps grow; with kappa = 0 it is DDIM"
+    limit: ClassVar = "the prior as steps grow; DDIM at kappa = 0, else only once kappa |n| |u| is far below damping"
     reference: ClassVar = Reference(
         "Unleashing High-Quality Image Generation in Diffusion Sampling Using Second-Order Levenberg-Marquardt-Langevin",
         "Wang, Fangyikang and Yin, Hubery and Qian, Lei and Li, Yinan and Zhuang, Shaobin and Zhu, Huminhao and "
@@ -60,14 +62,14 @@ class LML(MultistepSolver):
         """See `MultistepSolver`."""
         return [row(EPSILON, nodes[0], s, (s.ratio - nodes[0].ratio,))]
 
-    def on_prediction(self, prediction: Tensor, past: Sequence[Tensor]) -> Tensor:
-        """See `MultistepSolver`; (N, *event), of the length of `prediction` item by item."""
-        if not past:
-            return prediction
-        n, p, kappa = prediction.double(), past[0].double(), self.kappa
+    def direction(self, kept: Sequence[Tensor]) -> Tensor:
+        """See `MultistepSolver`; turned, item by item of the length of the newest."""
+        if len(kept) == 1:
+            return kept[0]
+        n, p, kappa = kept[0].double(), kept[1].double(), self.kappa
         length = item_dot(n, n)
         along = item_dot(p, n) / length
         u = p - like(along, n) * n
         keep = self.damping + kappa**2 * item_dot(u, u)
         turned = like(keep, n) * n - like(kappa * (1 - kappa + kappa * along) * length, n) * u
-        return (turned * like((length / item_dot(turned, turned)).sqrt(), n)).to(prediction.dtype)
+        return (turned * like((length / item_dot(turned, turned)).sqrt(), n)).to(kept[0].dtype)

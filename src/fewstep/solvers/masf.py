@@ -54,6 +54,9 @@ class MASF(Solver):
     )
 
     def __post_init__(self) -> None:
+        for name in ("low", "mixed", "high"):
+            if len(getattr(self, name)) != 2:
+                raise ValueError(f"{name} must be two weights, at t = 1 and at t = 0, got {getattr(self, name)}")
         if not all(0 < gamma <= 1 for gamma in (*self.low, *self.mixed, *self.high)):
             raise ValueError(f"all weights must lie in (0, 1], got {self!r}")
 

@@ -68,7 +68,7 @@ class SRDS(Solver):
     )
 
     def __post_init__(self) -> None:
-        if self.fine < 1 or self.tolerance < 0:
+        if not (self.fine >= 1 and self.tolerance >= 0):
             raise ValueError(f"fine must be positive and tolerance not negative, got {self.fine} and {self.tolerance}")
 
     @property

@@ -47,6 +47,8 @@ class USF(MultistepSolver):
         object.__setattr__(self, "decisions", tuple(tuple(decision) for decision in self.decisions))
         if not self.decisions:
             raise ValueError("there must be at least one decision")
+        if long := [given for given in self.decisions if len(given) > len(Decision._fields)]:
+            raise ValueError(f"a decision must be of {', '.join(Decision._fields)} and no more, got {long[0]}")
         for decision in (Decision(*given) for given in self.decisions):
             one_of("form", decision.form, FORMS)
             one_of("terms", decision.terms, TERMS)

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from fewstep.core.batch import like
+from fewstep.core.grid import lowest_ratio
 from fewstep.core.multistep import one_of
 from fewstep.core.reference import Reference
 from fewstep.tuning.base import FINE, State, Task, Tuner, reference, times_from
@@ -105,7 +106,7 @@ class AlignYourSteps(Tuner):
     def ratios(self, task: Task) -> Tensor:
         """Return the nodes of the table, falling, (nodes,) float64."""
         high = task.schedule.ratio(torch.ones((), dtype=torch.float64))
-        low = torch.tensor(min(self.lowest), dtype=torch.float64)
+        low = lowest_ratio(task.schedule).clamp_min(min(self.lowest))
         if not max(self.lowest) < float(high):
             raise ValueError(f"lowest must be below the ratio at t = 1, {float(high):.3g}")
         return torch.exp(high.log() + torch.linspace(0, 1, self.nodes, dtype=torch.float64) * (low / high).log())

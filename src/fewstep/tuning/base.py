@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from fewstep.core.files import write_bytes
+from fewstep.core.grid import lowest_ratio
 from fewstep.core.likelihood import FlatLikelihood
 from fewstep.core.multistep import MultistepSolver, Solver
 from fewstep.core.noise import Noise, mix
@@ -28,6 +29,7 @@ State = dict[str, Tensor]
 Report = Callable[[int, int], None]  # (rounds done, rounds in all)
 FINE = 100  # steps of the reference that stands for the exact probability flow
 CHUNK = 64  # items that go through the network at once
+GAP = 0.02  # least difference of neighbouring log ratios
 
 
 @dataclass(frozen=True)
@@ -193,6 +195,10 @@ class Tuning:
 
 
 def times_from(schedule: Schedule, ratios: Tensor) -> Tensor:
-    """Return the times of falling positive ratios with 0 appended, (steps + 1,), differentiable in all but the first."""
-    inner = schedule.time(ratios[1:])
+    """Return the times of falling positive ratios with 0 appended, (steps + 1,), differentiable in all but the first.
+
+    What is below the schedule's smallest ratio is raised to it, and to `GAP` above the next.
+    """
+    apart = GAP * torch.arange(len(ratios) - 2, -1, -1, dtype=torch.float64)
+    inner = schedule.time(torch.maximum(ratios[1:], lowest_ratio(schedule) * apart.exp()))
     return torch.cat([torch.ones_like(ratios[:1]), inner, torch.zeros_like(ratios[:1])])

@@ -21,7 +21,7 @@ from fewstep.core.multistep import one_of
 from fewstep.core.noise import mix
 from fewstep.solvers._decisions import FORMS, RELAXATIONS, TERMS, Decision
 from fewstep.solvers._references import UNIFIED
-from fewstep.tuning.base import FINE, State, Task, Tuner, reference, times_from
+from fewstep.tuning.base import FINE, GAP, State, Task, Tuner, reference, times_from
 from fewstep.tuning.losses import LOSSES, named_grids, score
 from fewstep.tuning.predictor import fit
 from fewstep.tuning.schedule_file import TunedSchedule
@@ -34,7 +34,6 @@ NAMED = (
     *(Decision("epsilon", terms, "exact") for terms in (2, 3, 4)),  # DEIS in log rho
     *(Decision("x0", terms, "half", 0, True) for terms in (1, 2, 3)),  # UniPC
 )
-GAP = 0.02  # least difference of neighbouring log ratios
 
 
 @final

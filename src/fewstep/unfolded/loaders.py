@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.core.files import read_header, write_bytes
-from fewstep.options import known_fields
 from fewstep.priors.unet import UNetDenoiser
 from fewstep.unfolded.sampler import Unfolded
 from fewstep.unfolded.store import CALIBRATION, FACTS, find_network, load_network, save_network
@@ -30,7 +29,7 @@ def load_sampler(source: str | Path, steps: int = 3, *, prior: UNetDenoiser | No
     folder = find_network(str(source))
     network = load_network(folder, prior)
     try:
-        return Unfolded(network, steps, **known_fields(Unfolded, options), folder=folder)
+        return Unfolded(network, steps, **options, folder=folder)
     except TypeError as error:
         raise ValueError(f"{source}: {error}") from None
 

@@ -32,11 +32,9 @@ class UnfoldedSampler(GuidedSampler):
 
     Attributes:
         kernel: name of the step from t to s, one of `KERNELS`.
-        folder: where the trained network lies; None for one in memory or untrained.
     """
 
     kernel: str
-    folder: Path | None
 
     needs: ClassVar = frozenset({"prox"})
     prediction: ClassVar = "draw"
@@ -45,6 +43,11 @@ class UnfoldedSampler(GuidedSampler):
     @abstractmethod
     def unfolded(self) -> UnfoldedNetwork:
         """Return the network."""
+
+    @property
+    @abstractmethod
+    def folder(self) -> Path | None:
+        """Where the trained network lies; None for one in memory or untrained."""
 
     @property
     def nfe(self) -> int:
