@@ -18,7 +18,7 @@ from fewstep.bench import calibration as bench
 from fewstep.bench.common import Variant
 from fewstep.bench.log import Log
 from fewstep.bench.tasks import Task
-from fewstep.calibrated import FILE, Asked, Calibrations, Plan, calibrate, judge, simulated
+from fewstep.calibrated import FILE, Asked, Calibrations, Plan, calibrate, judge, kinds_of, simulated
 from fewstep.commands import calibrating
 from fewstep.commands.calibrating import families_of
 from fewstep.commands.restoring import _notes
@@ -148,6 +148,7 @@ def test_a_file_holds_everything(found, sampler):
 def test_choices_told_apart_have_factors_of_their_own(sampler):
     rates = Family("inpaint-random", fields={"rate": [0.2, 0.9], "mask_seed": {"low": 0, "high": 9}}, sigma=0.05)
     families, few = (FAMILIES[0], rates), replace(PLAN, samples=(SAMPLES,), apart=("rate",))
+    assert [kind for _, kind, _ in kinds_of((*FAMILIES, rates), ("rate",))] == [{}, {}, {"rate": 0.2}, {"rate": 0.9}]
     found = calibrate(sampler, PixelPrior(), photos(24, seed=1), families, few)
     assert [e.name for e in found.entries] == ["denoise", "inpaint-random (rate 0.2)", "inpaint-random (rate 0.9)"]
     alone = calibrate(sampler, PixelPrior(), photos(24, 1), rates.kinds(["rate"])[1:], replace(few, apart=()))
@@ -165,7 +166,7 @@ def test_choices_told_apart_have_factors_of_their_own(sampler):
     )
 
 
-@pytest.mark.parametrize(("name", "said"), [("rate", "drawn from a range"), ("rat", "no operator of training")])
+@pytest.mark.parametrize(("name", "said"), [("rate", "choices of a field 'rate'"), ("rat", "choices of a field 'rat'")])
 def test_only_choices_can_be_told_apart(sampler, name, said):
     with pytest.raises(ValueError, match=said):
         calibrate(sampler, PixelPrior(), photos(24, seed=1), FAMILIES, replace(PLAN, apart=(name,)))

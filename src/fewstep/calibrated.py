@@ -291,16 +291,16 @@ def kinds_of(families: Sequence[Family], apart: Sequence[str]) -> list[tuple[str
     """Return what gets calibrations of its own: words, the values of the fields `apart`, and the families that draw them.
 
     Raises:
-        ValueError: no operator has such a field, or it is drawn from a range.
+        ValueError: no operator has choices of such a field.
     """
     groups: dict[tuple[str, str], tuple[str, dict[str, Any], list[Family]]] = {}
     for family in families:
         for one in family.kinds(apart):
-            kind = {name: one.fields[name] for name in apart if name in one.fields}
+            kind = {k: one.fields[k] for k in apart if k in one.fields and not isinstance(one.fields[k], Mapping)}
             groups.setdefault((one.word, repr(kind)), (one.word, kind, []))[2].append(one)
     for name in apart:
         if not any(name in kind for _, kind, _ in groups.values()):
-            raise ValueError(f"no operator of training has a field {name!r} to tell apart")
+            raise ValueError(f"no operator of training has choices of a field {name!r} to tell apart")
     return list(groups.values())
 
 

@@ -57,16 +57,10 @@ class Family:
         return get_operator(self.word)(**values), float(pick(self.sigma, rng))
 
     def kinds(self, apart: Sequence[str]) -> list[Family]:
-        """Return one family for each choice of the fields `apart`, which stays; those that the operator lacks are left out.
-
-        Raises:
-            ValueError: such a field has a range: what can be told apart are choices.
-        """
+        """Return one family for each choice of the fields `apart`, which stays; those it lacks or draws from a range are left."""
         defaults = {f.name: f.default for f in fields(get_operator(self.word))}  # type: ignore[arg-type]
-        entries = {name: self.fields.get(name, defaults[name]) for name in apart if name in defaults}
-        for name, entry in entries.items():
-            if isinstance(entry, Mapping):
-                raise ValueError(f"{name} of {self.word} is drawn from a range; only choices can be told apart")
+        given = {name: self.fields.get(name, defaults[name]) for name in apart if name in defaults}
+        entries = {name: entry for name, entry in given.items() if not isinstance(entry, Mapping)}
         choices = [entry if isinstance(entry, list) else [entry] for entry in entries.values()]
         fixed = (dict(zip(entries, values, strict=True)) for values in itertools.product(*choices))
         return [dataclasses.replace(self, fields={**self.fields, **values}) for values in fixed]
