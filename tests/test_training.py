@@ -451,10 +451,12 @@ WORKER = """
     import sys; from pathlib import Path; import torch
     torch.set_num_threads(1)
     sys.path.insert(0, {tests!r})
+    from fewstep.processes import until_the_end
     from test_training import trainer
     run = trainer(Path({out!r}), precision="no", steps=6)
     assert run.accelerator.num_processes == {count}
-    run.run()
+    with until_the_end():
+        run.run()
 """
 
 

@@ -196,13 +196,16 @@ def test_a_turn_leaves_no_gradient_in_the_other_player(tmp_path, no_files):
 
 WORKER = """
     import sys; from pathlib import Path; import torch
+    from fewstep.processes import until_the_end
     torch.set_num_threads(1)
     sys.path.insert(0, {tests!r})
     import test_ud2m_training as t
     t.ud2m.lpips_net = t.squeeze
     run = t.recipes.read_recipe({recipe!r}).trainer({data!r}, {out!r}, 3)
     assert run.accelerator.num_processes == {count}
-    run.run()
+    with until_the_end():
+        run.run()
+    assert not torch.distributed.is_initialized()
 """
 
 

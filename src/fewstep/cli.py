@@ -180,9 +180,11 @@ def train(
     `accelerate launch -m fewstep.cli train ...`.
     """
     from fewstep import recipes
+    from fewstep.processes import until_the_end
 
-    recipes.train(recipe, data, out, steps, resume)
-    _say_written(out)
+    with until_the_end():
+        recipes.train(recipe, data, out, steps, resume)
+        _say_written(out)
 
 
 @app.command()
@@ -194,10 +196,12 @@ def train_prior(
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in --out.")] = True,
 ) -> None:
     """Train a prior: short for `fewstep train natural`."""
+    from fewstep.processes import until_the_end
     from fewstep.recipes import train_prior as run
 
-    run(recipe, data, out, steps, resume)
-    _say_written(out)
+    with until_the_end():
+        run(recipe, data, out, steps, resume)
+        _say_written(out)
 
 
 def _say_written(out: Path) -> None:

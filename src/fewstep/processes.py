@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +24,16 @@ def process(cpu: bool = False) -> Accelerator:
     alone = "LOCAL_RANK" not in os.environ
     # autocast is ours: accelerate keeps one precision per process for ever, and it belongs to the options of a run
     return Accelerator(mixed_precision="no", cpu=cpu or not (alone or torch.cuda.is_available()))
+
+
+@contextmanager
+def until_the_end() -> Iterator[None]:
+    """Leave the group of processes at the end, if one was joined: its threads may end a process that exits by a signal."""
+    try:
+        yield
+    finally:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 def check_shared(accelerator: Accelerator, folder: Path, step: int) -> None:
