@@ -166,6 +166,19 @@ def test_choices_told_apart_have_factors_of_their_own(sampler):
     )
 
 
+def test_blurs_of_photographs_are_calibrated_beside_simulated_ones(sampler):
+    blur = Family("deblur-uniform", fields={"size": [3]}, sigma=0.05)
+    found = calibrate(sampler, PixelPrior(), photos(24, 1), (FAMILIES[0], blur), replace(PLAN, samples=(SAMPLES,)))
+    names = ["denoise", "deblur-uniform (boundary auto)", "deblur-uniform (boundary valid)"]
+    assert [e.name for e in found.entries] == names and len(found.families) == 3
+    found.save(sampler.folder)
+    word = get_operator("deblur-uniform")(size=3)
+    for operator, entry in ((word, found.entries[1]), (word.measured(), found.entries[2])):
+        verdict = judge(sampler, Asked(operator, 0.05, SAMPLES, 0.9))
+        assert verdict.calibration == entry.calibration and verdict.outside == ()
+    assert found.entries[1].calibration != found.entries[2].calibration
+
+
 @pytest.mark.parametrize(("name", "said"), [("rate", "choices of a field 'rate'"), ("rat", "choices of a field 'rat'")])
 def test_only_choices_can_be_told_apart(sampler, name, said):
     with pytest.raises(ValueError, match=said):

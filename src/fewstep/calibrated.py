@@ -110,7 +110,7 @@ class Verdict(NamedTuple):
 
     Attributes:
         calibration: to be applied to them, or None.
-        outside: in what the operator differs from everything the network was trained on; empty where it does not.
+        outside: in what the operator differs from everything that was calibrated for; empty where it does not.
         text: both in a sentence.
     """
 
@@ -127,7 +127,7 @@ class Calibrations:
         sha256: of its weights.
         outer: `OUTER` of the sampler that was calibrated.
         crop: side of the photographs, pixels.
-        families: the operators of training, from which those of calibration were drawn.
+        families: the operators of calibration: those of training, and as photographs have them, see `with_measured`.
         entries: calibrations of operators, one per kind, level and number of samples.
     """
 
@@ -273,7 +273,8 @@ def calibrate(
         raise ValueError("calibrations belong to weights on disk: save the network first")
     plan.check(len(photos))
     entries: list[Entry] = []
-    for word, kind, members in kinds_of(families, plan.apart):
+    families, told_apart = with_measured(families)
+    for word, kind, members in kinds_of(families, (*plan.apart, *told_apart)):
         pairs = []
         for pair in simulated(sampler, prior, photos, members, plan):
             pairs.append(pair)
@@ -285,6 +286,12 @@ def calibrate(
                 entries.append(Entry(word, kind, Calibration.fit(few, level, worst=plan.worst)))
     sha256 = str(read_header(sampler.folder)["sha256"])
     return Calibrations(sha256, outer(sampler), plan.crop, tuple(families), tuple(entries))
+
+
+def with_measured(families: Sequence[Family]) -> tuple[list[Family], list[str]]:
+    """Return families, each also with the operators of measurements from outside, and the fields in which these differ."""
+    others = [replace(f, fields={**f.fields, **f.measured}) for f in families if f.measured]
+    return [*families, *others], list(dict.fromkeys(name for f in families for name in f.measured))
 
 
 def kinds_of(families: Sequence[Family], apart: Sequence[str]) -> list[tuple[str, dict[str, Any], list[Family]]]:

@@ -65,6 +65,14 @@ class Family:
         fixed = (dict(zip(entries, values, strict=True)) for values in itertools.product(*choices))
         return [dataclasses.replace(self, fields={**self.fields, **values}) for values in fixed]
 
+    @property
+    def measured(self) -> dict[str, Any]:
+        """The fields that operators of this word have where a measurement comes from outside, as far as they are others."""
+        simulated = get_operator(self.word)()
+        seen = simulated.measured()
+        values = {f.name: getattr(seen, f.name) for f in fields(seen)}  # type: ignore[arg-type]
+        return {name: v for name, v in values.items() if v != getattr(simulated, name) and name not in self.fields}
+
     def outside(self, operator: Operator, sigma: float) -> tuple[str, ...]:
         """Return what of an operator of this word and its noise level can never be drawn, "name value (allowed)" each."""
         allowed = {f.name: self.fields.get(f.name, f.default) for f in fields(type(operator))}  # type: ignore[arg-type]

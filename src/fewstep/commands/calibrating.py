@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.progress import Progress, TaskID
 from rich.table import Table
 
-from fewstep.calibrated import FILE, Calibrations, Plan, calibrate, outer
+from fewstep.calibrated import FILE, Calibrations, Plan, calibrate, outer, with_measured
 from fewstep.core.files import read_header
 from fewstep.data import list_images, load_image
 from fewstep.measurements import Family
@@ -70,7 +70,7 @@ def run(  # noqa: PLR0913 - one parameter is one option
     sampler.unfolded().to(place)
     prior = open_prior(str(trained_with)).to(place)
     home = sampler.folder if out is None else out
-    blank = Calibrations(str(header["sha256"]), outer(sampler), plan.crop, families, ())
+    blank = Calibrations(str(header["sha256"]), outer(sampler), plan.crop, tuple(with_measured(families)[0]), ())
     with_earlier(blank, home)  # what does not go with these is refused before the work
     images = [load_image(path, plan.crop) for path in list_images(photos)[-(limit or 0) :]]
     with Progress(console=console, transient=True) as bar:
