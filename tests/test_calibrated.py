@@ -177,6 +177,14 @@ def test_blurs_of_photographs_are_calibrated_beside_simulated_ones(sampler):
         verdict = judge(sampler, Asked(operator, 0.05, SAMPLES, 0.9))
         assert verdict.calibration == entry.calibration and verdict.outside == ()
     assert found.entries[1].calibration != found.entries[2].calibration
+    few = replace(PLAN, samples=(SAMPLES,), words=("denoise",))
+    again = calibrate(sampler, PixelPrior(), photos(20, 1), (FAMILIES[0], blur), few)
+    assert [e.name for e in again.joined(found).entries] == [*names[1:], names[0]]
+    with pytest.raises(ValueError, match="no sr among"):
+        calibrate(sampler, PixelPrior(), photos(24, 1), (FAMILIES[0], blur), replace(few, words=("sr",)))
+    (valid,) = (f for f in found.families if f.fields.get("boundary") == "valid")
+    samples, truth = next(simulated(sampler, PixelPrior(), photos(1, 1), (valid,), few))
+    assert samples.x.shape[2:] == truth.shape[1:] == (3, SIDE - 2, SIDE - 2)  # what is delivered, without the margin
 
 
 @pytest.mark.parametrize(("name", "said"), [("rate", "choices of a field 'rate'"), ("rat", "choices of a field 'rat'")])

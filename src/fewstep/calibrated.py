@@ -47,6 +47,7 @@ class Plan:
             missed.
         seed: of measurements and samples.
         chunk: the most samples that go through the network at once.
+        words: of the operators that are calibrated, all where there are none.
         apart: fields of operators whose choices get calibrations of their own, such as the factor of super-resolution. A factor
             promises a mean over what it was fitted on: the fewer different things that is, the nearer is each to its level.
     """
@@ -57,6 +58,7 @@ class Plan:
     worst: float = 0.5
     seed: int = 0
     chunk: int | None = None
+    words: tuple[str, ...] = ()
     apart: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -266,15 +268,19 @@ def calibrate(
         progress: called after every photograph.
 
     Raises:
-        ValueError: the network is not on disk, there are too few photographs for the level, or what is to be told apart cannot
-            be.
+        ValueError: the network is not on disk, there are too few photographs for the level, or what is to be calibrated or told
+            apart is not there.
     """
     if sampler.folder is None:
         raise ValueError("calibrations belong to weights on disk: save the network first")
     plan.check(len(photos))
     entries: list[Entry] = []
     families, told_apart = with_measured(families)
+    if unknown := set(plan.words) - {family.word for family in families}:
+        raise ValueError(f"no {', '.join(sorted(unknown))} among the operators of training")
     for word, kind, members in kinds_of(families, (*plan.apart, *told_apart)):
+        if plan.words and word not in plan.words:
+            continue
         pairs = []
         for pair in simulated(sampler, prior, photos, members, plan):
             pairs.append(pair)
@@ -319,13 +325,17 @@ def kind_name(word: str, kind: Mapping[str, Any]) -> str:
 def simulated(
     sampler: Sampler, prior: Denoiser, photos: Sequence[Tensor], families: Sequence[Family], plan: Plan
 ) -> Iterator[tuple[Samples, Tensor]]:
-    """Yield the samples of a measurement of each photograph and its truth, (K, 1, 3, crop, crop) and (1, 3, crop, crop)."""
+    """Yield the samples of a measurement of each photograph and its truth, (K, 1, 3, H, W) and (1, 3, H, W).
+
+    They are of what the measurement shows, where the scene is larger.
+    """
     data = SimulatedMeasurements(RandomCrops(photos, (CropShape(1, plan.crop),), plan.seed), tuple(families))
     device = next((p.device for p in prior.parameters()), torch.device("cpu"))
     for number, x in enumerate(center_crops(photos, plan.crop)):
-        problem = Posterior(prior, data.measure(x[None].to(device), 0, number))
+        operator, likelihood = data.measured(x[None].to(device), 0, number)
+        problem = Posterior(prior, likelihood)
         samples = sampler(problem, max(plan.samples), seed=mix(plan.seed, number), chunk=plan.chunk)
-        yield replace(samples, x=samples.x.float().cpu()), x[None]
+        yield replace(samples, x=operator.framed(samples.x.float().cpu())), operator.framed(x[None])
 
 
 def outer(sampler: UnfoldedSampler) -> dict[str, Any]:

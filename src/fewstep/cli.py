@@ -285,6 +285,7 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter is one option
     recipe: Annotated[
         str | None, typer.Option(help="Whose operators to calibrate for; the sampler's if absent.")
     ] = None,
+    operator: Annotated[list[str] | None, typer.Option(help="Only these of its operators; repeatable.")] = None,
     apart: Annotated[
         list[str] | None, typer.Option(help="Field whose choices are calibrated apart; repeatable.")
     ] = None,
@@ -301,7 +302,15 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter is one option
     from fewstep.commands.calibrating import run
     from fewstep.options import assignments
 
-    plan = Plan(tuple(level or [0.9]), tuple(samples or [16]), crop, worst, seed, apart=tuple(apart or []))
+    plan = Plan(
+        tuple(level or [0.9]),
+        tuple(samples or [16]),
+        crop,
+        worst,
+        seed,
+        words=tuple(operator or []),
+        apart=tuple(apart or []),
+    )
     fields = assignments(assign or [])
     run(network, photos, plan, console, fields=fields, recipe=recipe, limit=limit, device=device, out=out)
 

@@ -145,6 +145,10 @@ class SimulatedMeasurements:
 
     def measure(self, x: torch.Tensor, step: int, item: int) -> Any:
         """Return the likelihood of what was measured of x, (1, 3, H, W) in [-1, 1], as item `item` of step `step`."""
+        return self.measured(x, step, item)[1]
+
+    def measured(self, x: torch.Tensor, step: int, item: int) -> tuple[Any, Any]:
+        """Return the operator and the likelihood of `measure`."""
         rng = np.random.default_rng((self.crops.seed, step, item, 1))
         weights = np.array([family.weight for family in self.families])
         shares = weights / weights.sum() if weights.any() else None  # those of weight 0, alone, are equal
@@ -152,4 +156,4 @@ class SimulatedMeasurements:
         operator, sigma = family.draw(rng)
         y = operator.simulate(to_unit(x), sigma, int(rng.integers(2**31)))
         where = {} if isinstance(y, torch.Tensor) else {"device": x.device}  # a file lies nowhere, a tensor beside x
-        return operator.likelihood(y, tuple(x.shape[1:]), sigma or None, **where)
+        return operator, operator.likelihood(y, tuple(x.shape[1:]), sigma or None, **where)
