@@ -113,7 +113,7 @@ def covered(sampler, calibration, family):
 def test_a_narrow_sampler_covers_again_on_new_photographs(sampler, found, family):
     calibration = found.find(Asked(get_operator(family.word)(), 0.05, SAMPLES, 0.9)).calibration
     (calibrated, plain), (error, _) = covered(sampler, calibration, family)
-    assert 0.9 - 4 * error < calibrated < 0.9 + 2 * PLAN.worst / 25 + 4 * error + 0.01
+    assert 0.9 - 4 * error < calibrated < 0.9 + 2 * PLAN.bound(0.9) / 25 + 4 * error + 0.01
     assert plain < 0.6 and calibration.factor > 2
 
 
@@ -122,8 +122,11 @@ def test_the_benchmark_covers_on_the_task_it_fitted_and_shows_what_did_not(sampl
     task, other = Task(get_operator("denoise")(), 0.1), Task(get_operator("denoise")(), 0.4)
     setup = bench.Setup(PixelPrior(), photos(24, seed=1), photos(60, seed=2), Plan(samples=(SAMPLES,), crop=SIDE))
     row = setup.row(Variant("narrow", "", sampler), task)
-    assert 0.9 - 4 * row["± fitted"] < row["fitted"] < 0.9 + 2 * PLAN.worst / 25 + 4 * row["± fitted"] + 0.01
+    assert 0.9 - 4 * row["± fitted"] < row["fitted"] < 0.9 + 2 * PLAN.bound(0.9) / 25 + 4 * row["± fitted"] + 0.01
     assert row["plain"] < 0.6 < row["right"] < row["family"] and row["photographs"] == 60
+    stored = replace(setup, fitted=()).row(Variant("narrow", "", sampler), task)
+    absent = {name: None for name in ("fitted", "± fitted", "fitted factor")}
+    assert stored == row | absent
     wrong = bench.Setup(
         PixelPrior(), photos(24, seed=1), [(p > 127).byte() * 255 for p in photos(60, seed=2)], setup.plan
     )
@@ -147,11 +150,12 @@ def test_a_file_holds_everything(found, sampler):
 
 def test_choices_told_apart_have_factors_of_their_own(sampler):
     rates = Family("inpaint-random", fields={"rate": [0.2, 0.9], "mask_seed": {"low": 0, "high": 9}}, sigma=0.05)
-    families, few = (FAMILIES[0], rates), replace(PLAN, samples=(SAMPLES,), apart=("rate",))
-    assert [kind for _, kind, _ in kinds_of((*FAMILIES, rates), ("rate",))] == [{}, {}, {"rate": 0.2}, {"rate": 0.9}]
+    families, few = (FAMILIES[0], rates), replace(PLAN, samples=(SAMPLES,), apart={"rate": ()})
+    assert [kind for _, kind, _ in kinds_of((*FAMILIES, rates), {"rate": ()})] == [{}, {}, {"rate": 0.2}, {"rate": 0.9}]
     found = calibrate(sampler, PixelPrior(), photos(24, seed=1), families, few)
     assert [e.name for e in found.entries] == ["denoise", "inpaint-random (rate 0.2)", "inpaint-random (rate 0.9)"]
-    alone = calibrate(sampler, PixelPrior(), photos(24, 1), rates.kinds(["rate"])[1:], replace(few, apart=()))
+    (_, _), (_, often) = rates.kinds({"rate": ()})
+    alone = calibrate(sampler, PixelPrior(), photos(24, 1), [often], replace(few, apart={}))
     assert found.entries[2].calibration == alone.entries[0].calibration  # as if there were no other
     found.save(sampler.folder)
     assert Calibrations.load(sampler.folder) == found
@@ -187,10 +191,33 @@ def test_blurs_of_photographs_are_calibrated_beside_simulated_ones(sampler):
     assert samples.x.shape[2:] == truth.shape[1:] == (3, SIDE - 2, SIDE - 2)  # what is delivered, without the margin
 
 
-@pytest.mark.parametrize(("name", "said"), [("rate", "choices of a field 'rate'"), ("rat", "choices of a field 'rat'")])
-def test_only_choices_can_be_told_apart(sampler, name, said):
+def test_parts_of_a_range_have_factors_of_their_own(sampler):
+    families, few = FAMILIES[1:], replace(PLAN, samples=(SAMPLES,), apart={"rate": (0.5, 9)})
+    found = calibrate(sampler, PixelPrior(), photos(24, seed=1), families, few)
+    assert [e.name for e in found.entries] == ["inpaint-random (rate 0.2 to 0.5)", "inpaint-random (rate 0.5 to 0.8)"]
+    found.save(sampler.folder)
+    assert Calibrations.load(sampler.folder) == found
+    rare, often = (e.calibration.factor for e in found.entries)
+    assert rare != often
+    for rate, factor in ((0.2, rare), (0.4, rare), (0.5, max(rare, often)), (0.7, often), (0.9, max(rare, often))):
+        verdict = judge(sampler, Asked(get_operator("inpaint-random")(rate=rate), 0.05, SAMPLES, 0.9))
+        assert verdict.calibration.factor == factor and bool(verdict.outside) == (rate == 0.9)
+    ((_, low), (_, high)) = families[0].kinds(few.apart)
+    rng = np.random.default_rng(0)
+    assert max(low.draw(rng)[0].rate for _ in range(50)) < 0.5 < min(high.draw(rng)[0].rate for _ in range(50))
+
+
+@pytest.mark.parametrize(
+    ("apart", "said"),
+    [
+        ({"rate": ()}, "choices of a field 'rate'"),
+        ({"rat": ()}, "choices of a field 'rat'"),
+        ({"rate": (0.1, 0.9)}, r"a range of a field 'rate' to cut at 0.1, 0.9"),
+    ],
+)
+def test_only_choices_and_ranges_that_are_cut_can_be_told_apart(sampler, apart, said):
     with pytest.raises(ValueError, match=said):
-        calibrate(sampler, PixelPrior(), photos(24, seed=1), FAMILIES, replace(PLAN, apart=(name,)))
+        calibrate(sampler, PixelPrior(), photos(24, seed=1), FAMILIES, replace(PLAN, apart=apart))
 
 
 def test_shipped_samplers_are_not_calibrated_in_place():
@@ -236,14 +263,15 @@ def test_what_cannot_be_calibrated_is_refused_before_sampling(sampler):
         pytest.fail("sampled")
 
     with pytest.raises(ValueError, match=r"99% intervals need 49 images at least to calibrate on, got 6"):
-        calibrate(sampler, PixelPrior(), photos(6, 1), FAMILIES, replace(PLAN, levels=(0.99,)), never)
+        calibrate(sampler, PixelPrior(), photos(6, 1), FAMILIES, replace(PLAN, levels=(0.99,), worst=0.5), never)
     for levels in ((1.5,), (0.5,)):
         with pytest.raises(ValueError, match="worst"):
-            Plan(levels=levels)
-    with pytest.raises(ValueError, match=r"90% intervals need 4 images"):
-        bench.main(*folders_of(sampler.folder, 3, 1), methods=["ddrm"], tasks=["sr2"], prior="random", crop=SIDE)
-    with pytest.raises(ValueError, match="fitted = 0"):
-        bench.main(*folders_of(sampler.folder, 3, 1), fitted=0)
+            Plan(levels=levels, worst=0.5)
+    assert [Plan().bound(level) for level in (0.5, 0.9)] == [1.0, pytest.approx(0.3)]
+    with pytest.raises(ValueError, match=r"90% intervals need 2 images"):
+        bench.main(*folders_of(sampler.folder, 1, 2), methods=["ddrm"], tasks=["sr2"], prior="random", crop=SIDE)
+    with pytest.raises(ValueError, match="fitted = -1"):
+        bench.main(*folders_of(sampler.folder, 3, 1), fitted=-1)
 
 
 def test_a_method_that_does_not_fit_a_task_leaves_the_other_rows(sampler, monkeypatch):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fewstep.options import assignments, described_arguments, pairs, typed_arguments, typed_fields, written_as
+from fewstep.options import assignments, cuts, described_arguments, pairs, typed_arguments, typed_fields, written_as
 
 
 @dataclass(frozen=True)
@@ -93,3 +93,11 @@ def test_parameters_are_described_for_a_help():
     assert (names.kind, names.text, written_as(names.default)) == ("TEXT,...", "", None)
     assert (sizes.kind, written_as(sizes.default), written_as(())) == ("INT,...", "3,4", None)
     assert written_as(True) == "true"
+
+
+def test_fields_are_given_with_numbers_to_cut_at_or_without():
+    assert cuts(["factor", "quality=15,30", " rate = 0.5"]) == {"factor": (), "quality": (15, 30), "rate": (0.5,)}
+    assert [type(number) for number in cuts(["quality=15,0.5"])["quality"]] == [int, float]
+    for word in ("quality=", "quality=a", "quality=15;30"):
+        with pytest.raises(ValueError, match=f"to cut at, got '{word}'"):
+            cuts([word])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -22,7 +22,7 @@ from fewstep.core.problem import Posterior
 from fewstep.core.sampler import Sampler
 from fewstep.core.samples import Samples
 from fewstep.data import CropShape, RandomCrops, center_crops
-from fewstep.measurements import Family, SimulatedMeasurements
+from fewstep.measurements import Family, SimulatedMeasurements, entry_text, holds
 from fewstep.operators.base import Operator
 from fewstep.uncertainty.calibration import Calibration, least_images
 from fewstep.unfolded.sampler import UnfoldedSampler
@@ -42,35 +42,41 @@ class Plan:
         levels: probabilities of the intervals.
         samples: numbers of samples K, 2 at least; all share the runs of the largest.
         crop: side of the square in the middle of each photograph; a hole of fixed size weighs less in a larger one.
-        worst: bound of an image's loss, see `Calibration`. At 1, n images leave up to 2 / (n + 1) of excess coverage: 32 images
-            at 90 % aim at 93 %. At 0.5 they aim at 91.5 %, and what the promise gives up are images of which more than half is
-            missed.
+        worst: bound of an image's loss, see `Calibration`; three times what a level leaves out where None. At 1, n images leave up
+            to 2 / (n + 1) of excess coverage: 32 images at 90 % aim at 93 %. At 0.3 they aim at 90.9 %, and what the promise gives
+            up are images of which more than 30 % is missed, which count as missed by that much.
         seed: of measurements and samples.
         chunk: the most samples that go through the network at once.
         words: of the operators that are calibrated, all where there are none.
-        apart: fields of operators whose choices get calibrations of their own, such as the factor of super-resolution. A factor
-            promises a mean over what it was fitted on: the fewer different things that is, the nearer is each to its level.
+        apart: fields of operators whose choices get calibrations of their own, such as the factor of super-resolution, with the
+            values at which ranges are cut into parts that do, such as the quality of JPEG: {"factor": (), "quality": (15, 30)}. A
+            calibration promises a mean over what it was fitted on: the fewer different things that is, the nearer is each to its
+            level.
     """
 
     levels: tuple[float, ...] = (0.9,)
     samples: tuple[int, ...] = (16,)
     crop: int = 128
-    worst: float = 0.5
+    worst: float | None = None
     seed: int = 0
     chunk: int | None = None
     words: tuple[str, ...] = ()
-    apart: tuple[str, ...] = ()
+    apart: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.levels or not self.samples or min(self.samples) < 2:
             raise ValueError(f"intervals need a level and at least 2 samples, got {self.levels} and {self.samples}")
         for level in self.levels:
-            least_images(level, self.worst)
+            least_images(level, self.bound(level))
+
+    def bound(self, level: float) -> float:
+        """Return the bound of an image's loss for intervals of a level."""
+        return min(1.0, 3 * (1 - level)) if self.worst is None else self.worst
 
     def check(self, images: int) -> None:
         """Raise ValueError where there are too few images for a level."""
         for level in self.levels:
-            if images < (least := least_images(level, self.worst)):
+            if images < (least := least_images(level, self.bound(level))):
                 raise ValueError(
                     f"{100 * level:.4g}% intervals need {least} images at least to calibrate on, got {images}"
                 )
@@ -86,7 +92,7 @@ class Asked(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """A calibration and what it is for: operators of a word, with fields of the values that `kind` names."""
+    """A calibration and what it is for: operators of a word, with fields of the values or in the ranges that `kind` names."""
 
     word: str
     kind: Mapping[str, Any]
@@ -94,7 +100,7 @@ class Entry(NamedTuple):
 
     def holds(self, operator: Operator) -> bool:
         """Return whether the operator is of this kind."""
-        return operator.word == self.word and all(getattr(operator, k) == v for k, v in self.kind.items())
+        return operator.word == self.word and all(holds(entry, getattr(operator, k)) for k, entry in self.kind.items())
 
     @property
     def asked(self) -> tuple[str, float, int]:
@@ -278,7 +284,7 @@ def calibrate(
     families, told_apart = with_measured(families)
     if unknown := set(plan.words) - {family.word for family in families}:
         raise ValueError(f"no {', '.join(sorted(unknown))} among the operators of training")
-    for word, kind, members in kinds_of(families, (*plan.apart, *told_apart)):
+    for word, kind, members in kinds_of(families, {**dict.fromkeys(told_apart, ()), **plan.apart}):
         if plan.words and word not in plan.words:
             continue
         pairs = []
@@ -289,7 +295,7 @@ def calibrate(
         for level in plan.levels:
             for k in plan.samples:
                 few = ((replace(samples, x=samples.x[:k]), truth) for samples, truth in pairs)
-                entries.append(Entry(word, kind, Calibration.fit(few, level, worst=plan.worst)))
+                entries.append(Entry(word, kind, Calibration.fit(few, level, worst=plan.bound(level))))
     sha256 = str(read_header(sampler.folder)["sha256"])
     return Calibrations(sha256, outer(sampler), plan.crop, tuple(families), tuple(entries))
 
@@ -300,26 +306,32 @@ def with_measured(families: Sequence[Family]) -> tuple[list[Family], list[str]]:
     return [*families, *others], list(dict.fromkeys(name for f in families for name in f.measured))
 
 
-def kinds_of(families: Sequence[Family], apart: Sequence[str]) -> list[tuple[str, dict[str, Any], list[Family]]]:
-    """Return what gets calibrations of its own: words, the values of the fields `apart`, and the families that draw them.
+def kinds_of(
+    families: Sequence[Family], apart: Mapping[str, Sequence[float]]
+) -> list[tuple[str, dict[str, Any], list[Family]]]:
+    """Return what gets calibrations of its own: words, what tells them apart, see `Plan`, and the families that draw them.
 
     Raises:
-        ValueError: no operator has choices of such a field.
+        ValueError: no operator has choices of such a field, or a range of it that is cut.
     """
     groups: dict[tuple[str, str], tuple[str, dict[str, Any], list[Family]]] = {}
     for family in families:
-        for one in family.kinds(apart):
-            kind = {k: one.fields[k] for k in apart if k in one.fields and not isinstance(one.fields[k], Mapping)}
+        for kind, one in family.kinds(apart):
             groups.setdefault((one.word, repr(kind)), (one.word, kind, []))[2].append(one)
-    for name in apart:
+    for name, cuts in apart.items():
         if not any(name in kind for _, kind, _ in groups.values()):
-            raise ValueError(f"no operator of training has choices of a field {name!r} to tell apart")
+            what = (
+                f"a range of a field {name!r} to cut at {', '.join(map(str, cuts))}"
+                if cuts
+                else f"choices of a field {name!r} to tell apart"
+            )
+            raise ValueError(f"no operator of training has {what}")
     return list(groups.values())
 
 
 def kind_name(word: str, kind: Mapping[str, Any]) -> str:
     """Return a word with a kind in brackets."""
-    return word + f" ({', '.join(f'{k} {v}' for k, v in kind.items())})" * bool(kind)
+    return word + f" ({', '.join(f'{k} {entry_text(v)}' for k, v in kind.items())})" * bool(kind)
 
 
 def simulated(

@@ -287,12 +287,14 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter is one option
     ] = None,
     operator: Annotated[list[str] | None, typer.Option(help="Only these of its operators; repeatable.")] = None,
     apart: Annotated[
-        list[str] | None, typer.Option(help="Field whose choices are calibrated apart; repeatable.")
+        list[str] | None,
+        typer.Option(help="Field whose choices are calibrated apart, or field=15,30 to cut a range; repeatable."),
     ] = None,
     assign: Annotated[list[str] | None, typer.Option("--set", help="field=value of ud2m; repeatable.")] = None,
     worst: Annotated[
-        float, typer.Option(help="Most that one photograph counts: share of its pixels that are missed.")
-    ] = 0.5,
+        float | None,
+        typer.Option(help="Most that one photograph counts: share of its pixels missed; 3 (1 - level) if absent."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of measurements and samples.")] = 0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; a GPU where there is one.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for a copy of the sampler with calibration.json.")] = None,
@@ -300,7 +302,7 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter is one option
     """Calibrate the intervals of a trained sampler, per family of operators; `restore` uses what lies beside the weights."""
     from fewstep.calibrated import Plan
     from fewstep.commands.calibrating import run
-    from fewstep.options import assignments
+    from fewstep.options import assignments, cuts
 
     plan = Plan(
         tuple(level or [0.9]),
@@ -309,7 +311,7 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter is one option
         worst,
         seed,
         words=tuple(operator or []),
-        apart=tuple(apart or []),
+        apart=cuts(apart or []),
     )
     fields = assignments(assign or [])
     run(network, photos, plan, console, fields=fields, recipe=recipe, limit=limit, device=device, out=out)

@@ -56,14 +56,18 @@ class Family:
         values = {name: pick(entry, rng) for name, entry in self.fields.items()}
         return get_operator(self.word)(**values), float(pick(self.sigma, rng))
 
-    def kinds(self, apart: Sequence[str]) -> list[Family]:
-        """Return one family for each choice of the fields `apart`, which stays; those it lacks or draws from a range are left."""
+    def kinds(self, apart: Mapping[str, Sequence[float]]) -> list[tuple[dict[str, Any], Family]]:
+        """Return what tells parts of the family apart, and each part.
+
+        Args:
+            apart: fields with the values at which ranges of them are cut. Of a list every choice is a part; fields that it lacks,
+                and ranges without a cut in them, are left whole.
+        """
         defaults = {f.name: f.default for f in fields(get_operator(self.word))}  # type: ignore[arg-type]
         given = {name: self.fields.get(name, defaults[name]) for name in apart if name in defaults}
-        entries = {name: entry for name, entry in given.items() if not isinstance(entry, Mapping)}
-        choices = [entry if isinstance(entry, list) else [entry] for entry in entries.values()]
-        fixed = (dict(zip(entries, values, strict=True)) for values in itertools.product(*choices))
-        return [dataclasses.replace(self, fields={**self.fields, **values}) for values in fixed]
+        parts = {name: parts for name, entry in given.items() if (parts := parts_of(entry, apart[name]))}
+        kinds = [dict(zip(parts, values, strict=True)) for values in itertools.product(*parts.values())]
+        return [(kind, dataclasses.replace(self, fields={**self.fields, **kind})) for kind in kinds]
 
     @property
     def measured(self) -> dict[str, Any]:
@@ -78,7 +82,15 @@ class Family:
         allowed = {f.name: self.fields.get(f.name, f.default) for f in fields(type(operator))}  # type: ignore[arg-type]
         found = [(name, getattr(operator, name), entry) for name, entry in allowed.items()]
         wrong = [(n, v, e) for n, v, e in [*found, ("sigma", sigma, self.sigma)] if not holds(e, v)]
-        return tuple(f"{name} {value} ({_said(entry)})" for name, value, entry in wrong)
+        return tuple(f"{name} {value} ({entry_text(entry)})" for name, value, entry in wrong)
+
+
+def parts_of(entry: Any, cuts: Sequence[float]) -> list[Any]:
+    """Return the choices of a recipe's entry, or the ranges into which cuts divide a range, which share their ends; [] without."""
+    if not isinstance(entry, Mapping):
+        return entry if isinstance(entry, list) else [entry]
+    ends = [entry["low"], *sorted(c for c in cuts if entry["low"] < c < entry["high"]), entry["high"]]
+    return [{**entry, "low": low, "high": high} for low, high in itertools.pairwise(ends)] if len(ends) > 2 else []
 
 
 def holds(entry: Any, value: Any) -> bool:
@@ -88,7 +100,8 @@ def holds(entry: Any, value: Any) -> bool:
     return entry["low"] <= value <= entry["high"] if isinstance(entry, Mapping) else entry == value
 
 
-def _said(entry: Any) -> str:
+def entry_text(entry: Any) -> str:
+    """Return a recipe's entry in words."""
     return f"{entry['low']} to {entry['high']}" if isinstance(entry, Mapping) else str(entry)
 
 

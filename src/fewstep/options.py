@@ -106,6 +106,23 @@ def assignments(words: Iterable[str]) -> dict[str, str]:
     return out
 
 
+def cuts(words: Iterable[str]) -> dict[str, tuple[float, ...]]:
+    """Return {"field": numbers} for words "field=15,30", without numbers for "field"; ValueError for anything else."""
+    out: dict[str, tuple[float, ...]] = {}
+    for word in words:
+        name, sign, values = word.partition("=")
+        try:
+            out[name.strip()] = tuple(_number(value) for value in values.split(",")) if sign else ()
+        except ValueError:
+            raise ValueError(f"expected a field, or field=number,number to cut at, got {word!r}") from None
+    return out
+
+
+def _number(value: str) -> float:
+    number = float(value)
+    return int(number) if number.is_integer() else number
+
+
 def pairs(words: Sequence[str]) -> dict[str, str]:
     """Return {"name": "value"} for words "--name value" or "--name=value"; ValueError for anything else."""
     out, rest = {}, list(words)

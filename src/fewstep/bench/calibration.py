@@ -39,7 +39,8 @@ NOTES = (
     "A factor bounds the mean over photographs of min(share of missed pixels, worst), with a margin for how few it was fitted on: "
     "where no photograph is missed by more than the share `worst`, the expected coverage lies between the level and the level + "
     "2 worst / (n + 1); photographs that are missed by more count as missed by that share.",
-    "width: mean half width of the fitted intervals, in [0, 1] units; error: mean absolute error of the median.",
+    "width: mean half width of the intervals stretched by the stored factor, by the fitted one where there is none, or plain, in "
+    "[0, 1] units; error: mean absolute error of the median.",
 )
 
 
@@ -49,7 +50,7 @@ class Setup:
 
     Attributes:
         prior: the denoiser.
-        fitted: photographs of calibration, uint8, (3, H, W) each.
+        fitted: photographs of calibration, uint8, (3, H, W) each; none to measure stored factors alone.
         fresh: photographs on which coverage is measured.
         plan: crop, numbers of samples and level, of which the first are used, bound of a photograph's loss, seed.
     """
@@ -69,21 +70,26 @@ class Setup:
     def measured(self, entry: Variant, task: Task) -> dict[str, Any]:
         """Return the coverage of a method on a task."""
         (level, *_), (num, *_), family = self.plan.levels, self.plan.samples, exactly(task)
-        pairs = simulated(entry.sampler, self.prior, self.fitted, [family], self.plan)
-        own = Calibration.fit(pairs, level, worst=self.plan.worst)
         verdict = judge(entry.sampler, Asked(task.operator, task.sigma, num, level))
-        stored = None if verdict is None else verdict.calibration
+        factors = {"family": None if verdict is None else verdict.calibration, "fitted": self.own(entry, family)}
         rows = []
         again = replace(self.plan, seed=self.plan.seed + 1)
         for samples, truth in simulated(entry.sampler, self.prior, self.fresh, [family], again):
-            low, high = ends = own.apply(samples)
-            found = {"plain": coverage(samples.interval(level), truth), "fitted": coverage(ends, truth)}
-            found |= {} if stored is None else {"family": coverage(stored.apply(samples), truth)}
+            ends = {"plain": samples.interval(level)}
+            ends |= {name: c.apply(samples) for name, c in reversed(factors.items()) if c is not None}
+            low, high = list(ends.values())[-1]
             width, error = (high - low).mean() / 4, (samples.quantile(0.5) - truth).abs().mean() / 2
+            found = {name: coverage(end, truth) for name, end in ends.items()}
             rows.append(found | {"width": float(width), "error": float(error)})
-        factors = {"family factor": None if stored is None else stored.factor, "fitted factor": own.factor}
+        stretched = {f"{name} factor": None if c is None else c.factor for name, c in factors.items()}
         right = min(level, (num - 1) / (num + 1))
-        return {"photographs": len(rows), "right": right, **summary(rows), **factors}
+        return {"photographs": len(rows), "right": right, **summary(rows), **stretched}
+
+    def own(self, entry: Variant, family: Family) -> Calibration | None:
+        """Return the calibration that is fitted to one task, None without photographs for it."""
+        level = self.plan.levels[0]
+        pairs = simulated(entry.sampler, self.prior, self.fitted, [family], self.plan)
+        return Calibration.fit(pairs, level, worst=self.plan.bound(level)) if self.fitted else None
 
 
 def main(  # noqa: PLR0913 - one parameter is one option
@@ -98,7 +104,7 @@ def main(  # noqa: PLR0913 - one parameter is one option
     limit: int | None = None,
     crop: int = 64,
     samples: int = 16,
-    worst: float = 0.5,
+    worst: float | None = None,
     seed: int = 0,
     prior: str | Denoiser = "natural",
     chunk: int | None = None,
@@ -113,22 +119,24 @@ def main(  # noqa: PLR0913 - one parameter is one option
         methods: entries of `common.variants`.
         steps: NFE budgets; methods as published where absent.
         tasks: names for `named_tasks`.
-        fitted: the most photographs of calibration.
+        fitted: the most photographs of calibration; 0 to measure the factors that lie beside the weights alone, in less than half
+            the time.
         limit: the most photographs of measurement.
         crop: edge of the centre crops.
         samples: K per measurement.
-        worst: see `Calibration`.
+        worst: see `Plan`.
         seed: of measurements and samples.
         prior: a name or path for `load_prior`, "random", or a denoiser.
         chunk: the most samples that go through the network at once.
         kernels: see `named_tasks`.
     """
     plan = Plan(samples=(samples,), crop=crop, worst=worst, seed=seed, chunk=chunk)
-    if fitted < 1:
-        raise ValueError(f"photographs of calibration are needed, got fitted = {fitted}")
-    before = [load_image(path, crop) for path in list_images(calibration)[-fitted:]]
+    if fitted < 0:
+        raise ValueError(f"the number of photographs of calibration must not be negative, got fitted = {fitted}")
+    before = [load_image(path, crop) for path in list_images(calibration)[-fitted:]] if fitted else []
     after = [load_image(path, crop) for path in list_images(folder)[:limit]]
-    plan.check(len(before))
+    if before:
+        plan.check(len(before))
     setup = Setup(resolve_prior(prior), before, after, plan)
     pixels = sum(int(x.long().sum()) for x in (*before, *after))
     mark = fingerprint(setup.prior, replace(plan, chunk=None), len(before), len(after), pixels)

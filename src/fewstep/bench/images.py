@@ -10,7 +10,7 @@ import hashlib
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -221,8 +221,9 @@ def row_mark(where: str, entry: Variant, asked: Asked) -> str:
 
 
 def baseline_row(task: Task, y: Any, truth: Tensor, setup: Setup) -> tuple[dict[str, Any], Tensor]:
-    """Return the measures of the image to beat, and the image."""
+    """Return the measures of the image to beat, and the image; both, as all others, within the frame of the measurement."""
     x = task.operator.baseline(y, tuple(truth.shape[1:])).clamp(0, 1)  # type: ignore[arg-type]
+    truth = task.operator.framed(truth)
     return {"PSNR mean": psnr(x, truth), **_perceptual(x, truth, "mean", setup)}, x
 
 
@@ -236,6 +237,7 @@ def method_row(
             return {"remark": f"not applicable: needs {', '.join(sorted(missing))}"}, None
         with PeakMemory() as memory:
             samples = entry.sampler(Posterior(setup.prior, likelihood), setup.samples, seed=seed, chunk=setup.chunk)
+        samples, truth = replace(samples, x=task.operator.framed(samples.x)), task.operator.framed(truth)
     except FAILURES as error:
         return {"remark": f"{FAILED}: {failed(error)}"}, None
     row = measures(samples, truth, setup) | calibrated(judge(entry.sampler, setup.asked(task)), samples, truth)
@@ -317,7 +319,9 @@ class Table:
         truths = (
             None
             if self.sets is None
-            else self.sets.features([self.setup.truth(p.path, self.task) for p in self.photos])
+            else self.sets.features(
+                [self.task.operator.framed(self.setup.truth(p.path, self.task)) for p in self.photos]
+            )
         )
         rows = []
         for entry in [None, *entries]:

@@ -1,4 +1,4 @@
-"""The measurements of `fewstep bench images`: those of its table, and some that trained samplers have not seen."""
+"""The measurements of `fewstep bench images`: those of its table, and others, of which trained samplers have not seen some."""
 
 from __future__ import annotations
 
@@ -97,6 +97,10 @@ OTHERS: dict[str, Task] = {
     "deblur-gaussian-heavy": Task(DeblurGaussian(), 0.2),
     "sr3": Task(SuperResolution(factor=3), 0.01),
     "inpaint-random-90": Task(InpaintRandom(rate=0.9), 0.025),
+    "inpaint-box-24": Task(InpaintBox(size=24), 0.025),
+    "deblur-gaussian-valid": Task(DeblurGaussian(boundary="valid"), 0.01),
+    "deblur-uniform-valid": Task(DeblurUniform(boundary="valid"), 0.01),
+    "deblur-motion-valid": Task(DeblurMotion(boundary="valid"), 0.01),
     "random-sensing": Task(RandomSensing(), 0.01),
 }
 
