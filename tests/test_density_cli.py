@@ -37,6 +37,8 @@ from fewstep.densities.user import as_target
 from fewstep.training import Trainer
 
 TINY = ("--train-steps", "20", "--batch", "32", "--set", "steps=8", "--set", "net.width=16")
+SMALL = ("rows=512", "solver_steps=16", "size.width=16", "polish=0", "balance=1024")
+FEW = ("--train-steps", "20", "--batch", "64", *(word for field in SMALL for word in ("--set", field)))
 OWN = "def log_prob(x):\n    return -0.5 * (x**2).sum(-1)\n"
 
 
@@ -69,9 +71,7 @@ def folders(tmp_path_factory):
     """Return a folder with a teacher and a student of nine_modes, trained for twenty steps each."""
     root = tmp_path_factory.mktemp("density")
     assert command("fit", "nine_modes", "--out", root / "teacher", *TINY) == 0
-    small = ("rows=512", "solver_steps=16", "size.width=16", "polish=0", "balance=1024")
-    few = ("--train-steps", "20", "--batch", "64", *(word for field in small for word in ("--set", field)))
-    assert command("distill", root / "teacher", "--out", root / "student", *few) == 0
+    assert command("distill", root / "teacher", "--out", root / "student", *FEW) == 0
     return root
 
 
@@ -297,6 +297,16 @@ def test_a_sampler_of_another_density_is_told(density, folders):
     assert code == 2 and "a run with another batch" in err and (folders / "teacher" / "run.json").read_bytes() == before
     code, _, err = density("fit", "nine_modes", "--out", folders / "student", *TINY)
     assert code == 2 and "was not distilled from this teacher" in err
+
+
+@pytest.mark.parametrize("words, name", [(("--seed", "7"), "seed"), (("--lr", "0.001"), "lr")])
+def test_a_student_of_another_seed_or_rate_is_told(density, folders, words, name):
+    """And what the folder holds of the first run stays."""
+    out = folders / "student"
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    code, _, err = density("distill", folders / "teacher", "--out", out, *FEW, *words)
+    assert code == 2 and f"a run with another {name}; choose another" in err and err.count("\n") == 1
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
 def test_export_writes_the_map(density, folders, tmp_path):

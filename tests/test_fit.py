@@ -253,6 +253,19 @@ def test_a_run_that_was_stopped_is_resumed_to_the_same_sampler(tmp_path):
         fewstep.fit(target, sampler=teacher, train_steps=8, batch=16, out=halves, whiten=False)
 
 
+def test_a_folder_is_of_one_density(tmp_path):
+    """Without whitening nothing but the density itself says whose checkpoints these are; a longer training goes on."""
+    quick = {"sampler": DIS(steps=4, net=NetConfig(8)), "batch": 32, "whiten": False, "out": tmp_path}
+    first = fewstep.fit(bump, 2, train_steps=2, **quick)
+    for other in (lambda x: bump(x - 0.1), lambda x: bump(x) + 0.1):
+        with pytest.raises(ValueError, match="a run with another target; choose"):
+            fewstep.fit(other, 2, train_steps=2, **quick)
+    again = fewstep.fit(bump, 2, train_steps=2, **quick)
+    assert torch.equal(first.sample(8).x, again.sample(8).x)
+    fewstep.fit(bump, 2, train_steps=3, **quick)
+    assert last_checkpoint(tmp_path).name == "step_00000003"
+
+
 @pytest.mark.parametrize("name", ["dis", "dds", "pis", "lrds", "idem"])
 def test_every_teacher_fits_by_name(name):
     sampler = fewstep.fit(two_modes(variance=0.4), sampler=name, train_steps=3, batch=32, whiten=name == "dis")

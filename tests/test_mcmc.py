@@ -167,6 +167,23 @@ def test_a_run_repeats_and_n_must_fit():
             method.sample(Gaussian(), 777)
 
 
+@pytest.mark.parametrize(
+    "kind, name, value",
+    [
+        (ReplicaExchange, "levels", 1),
+        (ReplicaExchange, "thin", 0),
+        (ReplicaExchange, "chains", 2.5),
+        (ReplicaExchange, "warmup", -1),
+        (Chains, "thin", 0),
+        (Chains, "chains", 0),
+        (SequentialMonteCarlo, "particles", 0),
+    ],
+)
+def test_settings_that_are_no_counts_are_told(kind, name, value):
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        kind(**{name: value})
+
+
 def test_a_target_that_is_nowhere_finite_is_an_error():
     class Broken(Gaussian):
         def log_prob(self, x):

@@ -9,6 +9,7 @@ import torch
 
 import fewstep
 import fewstep.densities.distill as distilling
+from fewstep.checkpoints import last_checkpoint
 from fewstep.core.noise import Streams
 from fewstep.core.schedule import Brownian
 from fewstep.densities.distill import better
@@ -446,6 +447,21 @@ def test_what_cannot_be_distilled_is_refused():
             CDDS(**wrong)
     with pytest.raises(ValueError, match="renoise"):
         MapSampler(Whitened(Law(GAUSSIAN)), EDMMap(SCHEDULE, Law(GAUSSIAN)))
+
+
+def test_a_folder_is_of_one_teacher(tmp_path):
+    method = CDDS(size=MapConfig(8, 1), rows=256, solver_steps=16, levels=8, polish=2, balance=0)
+    given = {"target": Law(GAUSSIAN), "train_steps": 2, "batch": 64, "out": tmp_path, "seed": 3}
+    first = fewstep.distill(GAUSSIAN, method, **given)
+    other = MixturePrior(torch.ones(1), GAUSSIAN.mean[None] + 0.1, torch.eye(2)[None])
+    for wrong, teacher in (("teacher", other), ("seed", GAUSSIAN), ("lr", GAUSSIAN), ("target", GAUSSIAN)):
+        changed = {"teacher": {}, "seed": {"seed": 4}, "lr": {"lr": 1e-3}, "target": {"target": Law(other)}}[wrong]
+        with pytest.raises(ValueError, match=f"a run with another {wrong}; choose"):
+            fewstep.distill(teacher, method, **{**given, **changed})
+    again = fewstep.distill(GAUSSIAN, method, **given)
+    assert torch.equal(first.sample(8).x, again.sample(8).x)
+    fewstep.distill(GAUSSIAN, method, **{**given, "train_steps": 3})
+    assert last_checkpoint(tmp_path).name == "step_00000003"
 
 
 def test_last_steps_that_diverge_are_taken_anew_and_slower(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import fewstep
 from fewstep.core.noise import Streams
 from fewstep.core.registry import get
 from fewstep.densities.export import export
+from fewstep.densities.laplace import Laplace
 from fewstep.densities.particles import Proposal, StateSpace, filtered, kalman, train
 from fewstep.densities.students._maps import MAPS, EDMMap, GuidedMap, MapConfig, ResidualMap, ScaledMap
 from fewstep.densities.students._sampler import MapSampler, jumped
@@ -186,6 +187,8 @@ def test_exported_program_is_the_map(kind, scale, tmp_path):
         assert off(program, sampler, rows) < 1e-5 < off(other, sampler, rows)
     with pytest.raises(ValueError, match="at least 1"):
         export(sampler, tmp_path / "none.pt2", steps=0)
+    with pytest.raises(TypeError, match=r"Laplace is no map .* distil it first"):
+        export(Laplace(sampler.whitened), tmp_path / "other.pt2")
     with pytest.raises(ValueError, match="score of its target"):
         export(MapSampler(sampler.whitened, GuidedMap(SCHEDULE, sampler.whitened)), tmp_path / "guided.pt2")
 

@@ -15,7 +15,7 @@ from fewstep.densities.fit import fit
 from fewstep.densities.laplace import laplace
 from fewstep.densities.networks import NetConfig
 from fewstep.densities.properness import Improper
-from fewstep.densities.support import box_slopes, from_box, to_box
+from fewstep.densities.support import box_slopes, from_box, rounded, to_box
 from fewstep.densities.targets import target
 from fewstep.densities.teachers.dds import DDS
 from fewstep.densities.user import NonFinite, as_target
@@ -38,6 +38,27 @@ def test_a_log_density_in_float64_is_not_rounded():
     assert math.isfinite(smc_through(laplace(density), 1024).log_z)
     alone = as_target(lambda x: -1e8 - 0.5 * float(x[0]) ** 2, 1, score=lambda x: -x)
     assert alone.log_prob(torch.tensor([[1.0], [2.0]])).diff().item() == -1.5, "Python's numbers are float64"
+
+
+@pytest.mark.parametrize("constant", [1e6, 1e7, 1e8])
+def test_a_constant_leaves_the_weights_as_they_are(constant):
+    """float32 keeps integers of 1e7: the function is asked in float64, and what is added stays there."""
+    density = as_target(lambda x: -0.5 * (x / 1.5).square().sum(-1) - constant, 2)
+    assert density.dtype == torch.float64 and as_target(lambda x: -0.5 * x.square().sum(-1) - 1e3, 2).dtype is None
+    draws = laplace(density).sample(512)
+    truth = math.log(2 * math.pi * 1.5**2)
+    assert float((draws.log_weights + constant - truth).abs().max()) < 1e-5
+    assert density.score(torch.ones(3, 2)).dtype == torch.float32
+
+
+def test_weights_in_bent_coordinates_are_float64():
+    y, shift, scale = normals(64, 2).float(), torch.tensor([0.3, 0.7]), torch.tensor([1.1, 2.3])
+    density = as_target(lambda x: -0.5 * x.double().square().sum(-1) - 1e8, 2, check=False)
+    value = Whitened(density, shift, scale, torch.tensor([0.2, 0.5])).log_prob(y)
+    again = Whitened(density, shift, scale, torch.tensor([0.2, 0.5])).log_prob(y.double())
+    assert value.dtype == torch.float64 and float((value - again).abs().max()) < 1e-4
+    single = Whitened(target("funnel", dim=2), shift, scale).log_prob(y)
+    assert single.dtype == torch.float64
 
 
 def test_own_score_trains_by_relative_entropy_too():
@@ -261,8 +282,11 @@ def test_what_may_be_given_is_named_as_python_and_the_command_line_have_it():
 def test_dim_is_asked_for_and_a_wrong_score_is_found():
     with pytest.raises(TypeError, match="dim"):
         as_target(lambda x: -x.square().sum(-1))
-    with pytest.raises(ValueError, match="dim must be at least 1"):
+    with pytest.raises(ValueError, match="dim must be a whole number and at least 1"):
         as_target(lambda x: -x.square().sum(-1), 0)
+    for wrong in ("3", 3.0, True):
+        with pytest.raises(ValueError, match="dim must be a whole number"):
+            as_target(lambda x: -x.square().sum(-1), wrong)
     with pytest.raises(ValueError, match="must lie below the upper"):
         as_target(lambda x: -x.square().sum(-1), 2, support=(1.0, 0.0))
     with pytest.raises(ValueError, match="score is not the gradient"):
@@ -279,6 +303,33 @@ def test_proper_ones_pass():
         lambda x: torch.logsumexp(torch.stack([-(x - 8).square().sum(-1), -(x + 8).square().sum(-1)]), 0),
     ):
         as_target(function, 4)
+
+
+def test_what_vanishes_at_an_end_is_proper():
+    """exp(-1 / x) at the last number above zero is so low that its slope is lost beside it."""
+
+    def mean_and_deviation(v):
+        squares = (v[..., :1] - torch.linspace(-1, 2, 10)).square().sum(-1)
+        return -10 * v[..., 1].log() - squares / (2 * v[..., 1].square()) - v[..., 0].square() / 200 - v[..., 1]
+
+    as_target(lambda x: (-4 * x.log() - 2 / x).sum(-1), 1, support=(0, None))  # inverse gamma
+    as_target(lambda x: (-1 / x).sum(-1), 1, support=(0, 1))
+    as_target(mean_and_deviation, 2, support=((None, 0), (None, None)))
+    for improper in (lambda x: -1 / x.sum(-1), lambda x: (-x.log() - 1 / x).sum(-1), lambda x: x.square().sum(-1)):
+        with pytest.raises(Improper):
+            as_target(improper, 1, support=(0, None))
+
+
+def test_what_oscillates_fast_has_a_gradient_all_the_same():
+    def waves(x):
+        return (5 * torch.cos(2 * math.pi * 200 * x) - x.square() / 2).sum(-1)
+
+    as_target(waves, 1)
+    with pytest.raises(ValueError, match=r"not the gradient.*check=False"):
+        as_target(lambda x: waves(x.detach()) + 100 * x.sum(-1), 1)
+    with pytest.raises(ValueError, match="not the gradient"):  # within float32 the finer differences are noise
+        as_target(lambda x: waves(x.detach().float()) + 100 * x.sum(-1), 1)
+    as_target(lambda x: waves(x.detach()) + 100 * x.sum(-1), 1, check=False)
 
 
 def test_heavy_tails_are_judged_by_their_power():
@@ -334,7 +385,7 @@ def test_supports_are_read():
         low, high = (torch.as_tensor(end).expand(3).tolist() for end in density.support)
         assert low == [0.0] * 3 and high == [math.inf] * 3
     assert as_target(lambda x: x.sum(-1), 1, support=(None, 2.0)).support == (-math.inf, 2.0)
-    for wrong in ([(0, 1), (0, 1), (0, 1)], [(0, 1)], (0, 1, 2), ((0, 0), (1, 1))):
+    for wrong in ([(0, 1), (0, 1), (0, 1)], [(0, 1)], (0, 1, 2), ((0, 0), (1, 1)), 3, torch.tensor(3.0), "01"):
         with pytest.raises(ValueError, match=r"\(low, high\), must be numbers or 3 of them, all lower ends first"):
             as_target(law, 3, support=wrong)
 
@@ -354,6 +405,43 @@ def test_box_maps():
     assert torch.allclose(curvature, torch.func.grad(lambda u: box_slopes(u, SUPPORT)[0].sum())(u))
     far = to_box(torch.tensor([[40.0] * 4, [-40.0] * 4]), SUPPORT)
     assert bool((far > low).all() and (far < high).all())  # strictly inside, in float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_box_is_mapped_to_its_last_numbers(dtype):
+    """Near the lower end, which is zero, every number has its u; near the upper one those that are told apart from it."""
+    u = torch.tensor(
+        [[-12.0], [-11.0], [-8.0], [-6.0], [-5.5], [-4.0], [0.0], [3.0], [12.0]], dtype=dtype, requires_grad=True
+    )
+    x = to_box(u, (0.0, 1.0))
+    exact = 0.5 * torch.erfc(-u.detach().double() / math.sqrt(2))
+    assert torch.allclose(x[1:-1].detach().double(), exact[1:-1], rtol=2e-5, atol=0)
+    assert torch.allclose(from_box(x, (0.0, 1.0))[1:-1], u[1:-1], rtol=1e-5, atol=1e-5)
+    slope = torch.autograd.grad(x.sum(), u)[0]
+    assert bool(slope.isfinite().all() and (x > 0).all() and (x < 1).all())
+    assert torch.allclose(slope[1:-1].log(), box_slopes(u, (0.0, 1.0))[0][1:-1], atol=1e-4)
+
+
+def test_a_density_that_towers_at_the_end_of_a_box_keeps_its_normaliser():
+    """Beta(1/2, 10): in float32 every weight is that of float64."""
+    y = torch.linspace(-7, 2, 200, dtype=torch.float64)[:, None]
+    density = Whitened(
+        as_target(lambda x: (-0.5 * x.log() + 9 * torch.log1p(-x)).sum(-1), 1, support=(0, 1), check=False)
+    )
+    assert torch.allclose(density.log_prob(y.float()), density.log_prob(y), atol=1e-3)
+
+
+def test_draws_that_numbers_do_not_resolve_are_told():
+    u, box = normals(4000, 2).float(), (0.0, 1.0)
+    assert rounded(to_box(u, box), box) is None and rounded(100 + u, None) is None and rounded(u[:1], None) is None
+    assert "coordinate 1 varies by 1e-05 around 1.0e+02" in rounded(torch.tensor([0.0, 100.0]) + 1e-5 * u, None)
+    assert rounded(torch.tensor([0.0, 100.0]) + 1e-5 * u.double(), None) is None
+    assert "50.0% of the draws lie on the last number" in rounded(to_box(torch.tensor([[12.0], [0.0]]), box), box)
+    narrow = laplace(
+        as_target(lambda x: -0.5 * ((x - 100) / 1e-5).square().sum(-1), 2, check=False), torch.full((2,), 100.0)
+    )
+    with pytest.warns(UserWarning, match="shift the density to zero"):
+        narrow.sample(64)
 
 
 def test_a_uniform_law_is_exactly_normal():

@@ -6,6 +6,7 @@ import importlib
 import math
 import re
 import time
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from fewstep.core.files import read_header, read_weights, write_weights
 from fewstep.core.noise import Noise, Streams, mix
 from fewstep.densities.draws import Draws, Kind
 from fewstep.densities.estimators.weights import bound
-from fewstep.densities.support import Support
+from fewstep.densities.support import Support, rounded
 from fewstep.densities.user import as_target
 from fewstep.densities.whitened import Whitened
 
@@ -140,8 +141,11 @@ class DensitySampler(ABC):
         logs = [part.log_weights.double() for part in parts if part.log_weights is not None]
         signs = [part.signs.double() for part in parts if part.signs is not None]
         turned = bool(signs) and bool((torch.cat(signs) < 0).any())
+        x = self.whitened.to_x(torch.cat([part.y for part in parts]))
+        if lost := rounded(x, self.target.support):
+            warnings.warn(lost, stacklevel=2)
         return Draws(
-            x=self.whitened.to_x(torch.cat([part.y for part in parts])),
+            x=x,
             log_weights=torch.cat(logs) if logs else None,
             kind=self.kind if logs else None,
             **parts[0].cost._asdict(),

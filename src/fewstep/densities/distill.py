@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import tempfile
 import warnings
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,11 +15,12 @@ from torch import nn
 
 from fewstep.core.denoiser import Denoiser
 from fewstep.core.density import TargetDensity
+from fewstep.core.files import fingerprint
 from fewstep.core.noise import seeded
 from fewstep.core.objective import Objective
 from fewstep.densities.base import DensitySampler
 from fewstep.densities.batches import in_blocks
-from fewstep.densities.fit import FitOptions, averaged
+from fewstep.densities.fit import FitOptions, averaged, origin
 from fewstep.densities.students._balance import lost
 from fewstep.densities.students._polish import InTurn
 from fewstep.densities.students._sampler import MapSampler
@@ -62,16 +64,21 @@ def distill(
         raise ValueError(f"unknown method {method!r}; choose one of {', '.join(METHODS)}")
     student = METHODS[method]() if isinstance(method, str) else method
     denoiser, whitened = _unpacked(teacher, target)
+    known: dict[str, Any] = {"student": asdict(student)}
+    if options.out is not None:
+        weights = {name: tensor.clone() for name, tensor in denoiser.state_dict().items()}  # which may share memory
+        known |= {"teacher": fingerprint(weights), **origin(whitened)}
     with tempfile.TemporaryDirectory() if options.out is None else nullcontext(str(options.out)) as folder:
         model = seeded(lambda: student.model(denoiser, whitened), options.seed)
         data = student.data(denoiser, options.batch, options.seed)
-        first = _trainer(student, model, student.objective, data, Path(folder), options)
+        first = _trainer(known, model, student.objective, data, Path(folder), options)
         sampler = student.sampler(whitened, averaged(first, options).to("cpu"))
         if not first.finished:
             return sampler
         loss = student.polished(sampler)
         if loss is not None:
-            last = _polished(student, first.ema, loss, InTurn(data, len(loss.counts)), Path(folder), options)
+            shorter = replace(options, train_steps=student.polish)
+            last = _polished(known, first.ema, loss, InTurn(data, len(loss.counts)), Path(folder), shorter)
             sampler = better(sampler, student.sampler(whitened, last.ema.to("cpu")), options.seed)
             if not last.finished:
                 return sampler
@@ -93,7 +100,7 @@ def better(first: MapSampler, last: MapSampler, seed: int = 0, n: int = 16_384) 
 
 
 def _polished(
-    student: CDDS, model: nn.Module, loss: Objective, data: Batches, out: Path, options: FitOptions
+    known: Mapping[str, Any], model: nn.Module, loss: Objective, data: Batches, out: Path, options: FitOptions
 ) -> Trainer:
     """Return what has trained a copy of `model` by its last steps, which are taken anew, slower, where they diverge.
 
@@ -102,8 +109,8 @@ def _polished(
     """
     failed: FloatingPointError | None = None
     for name, rate in POLISHES.items():
-        shorter = replace(options, train_steps=student.polish, lr=options.lr * rate, ema=0.98)
-        trainer = _trainer(student, copy.deepcopy(model).requires_grad_(True), loss, data, out / name, shorter)
+        slower = replace(options, lr=options.lr * rate, ema=0.98)
+        trainer = _trainer(known, copy.deepcopy(model).requires_grad_(True), loss, data, out / name, slower)
         try:
             averaged(trainer, options)
             return trainer
@@ -114,9 +121,10 @@ def _polished(
 
 
 def _trainer(
-    student: CDDS, model: nn.Module, objective: Objective, data: Batches, out: Path, options: FitOptions
+    known: Mapping[str, Any], model: nn.Module, objective: Objective, data: Batches, out: Path, options: FitOptions
 ) -> Trainer:
-    describe = {"student": asdict(student), "objective": type(objective).__name__, "batch": options.batch}
+    describe = {**known, "objective": type(objective).__name__}
+    describe |= {name: getattr(options, name) for name in ("batch", "seed", "lr")}
     training = options.training()
     return Trainer(model, objective, data, out, training, describe=describe, cpu=options.cpu, streams=in_blocks)
 

@@ -56,9 +56,12 @@ def export(sampler: MapSampler, path: str | Path, steps: int = 1) -> Path:
         steps: how often the map is applied.
 
     Raises:
+        TypeError: another sampler.
         ValueError: see `Program`.
         ImportError: ONNX is asked for and `onnx` or `onnxscript` is not installed.
     """
+    if not isinstance(sampler, MapSampler):
+        raise TypeError(f"{type(sampler).__name__} is no map of a few steps, which `distill` returns: distil it first")
     path, program = Path(path), Program(sampler, steps).eval()
     z, rows = torch.zeros(8, sampler.flow_map.dim), torch.export.Dim("rows", min=2)
     with torch.no_grad():

@@ -22,6 +22,7 @@ from fewstep.densities.whitened import Whitened
 # in units of the start, N(0, I); a law that is wider still is not told from a flat one
 _RADII = torch.logspace(2, 9, 9, dtype=torch.float64)
 _TUBE = 8  # rays per bundle
+_GONE = 1e12  # nats; exp(-r) itself has fallen by 1e9 at the last radius
 
 
 class Improper(ValueError):
@@ -65,7 +66,9 @@ def falls(target: TargetDensity, start: Tensor, ways: Tensor) -> Tensor:
     value = value.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     half = len(_RADII) // 2
     slope = (value[-1] - value[half]) / (_RADII[-1] / _RADII[half]).log()
-    return torch.where(value[-1].isneginf(), -torch.inf, slope.nan_to_num(nan=-torch.inf))
+    # where x can fall no further, exp(-1 / x) is so low that rounding swallows the slope
+    gone = value[-1] < target.log_prob(start.reshape(-1, target.dim)) - _GONE
+    return torch.where(gone | value[-1].isneginf(), -torch.inf, slope.nan_to_num(nan=-torch.inf))
 
 
 def ascend(target: TargetDensity, x: Tensor, steps: int = 100) -> Tensor:

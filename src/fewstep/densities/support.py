@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 Support = tuple[Tensor | float, Tensor | float]
+_CROWDED = 1e-3  # share of draws
 GIVE_SUPPORT = "give support= to as_target or fit (--low and --high on the command line)"
 
 
@@ -19,7 +20,9 @@ def to_box(u: Tensor, support: Support) -> Tensor:
     """Map R^d onto the box, (N, d) -> (N, d), strictly inside it in the arithmetic of `u`."""
     low, high, both, above, below = _sides(u, support)
     width = torch.where(both, high - low, 1.0)
-    x = torch.where(both, torch.where(both, low, 0.0) + width * torch.special.ndtr(u), u)
+    # torch.special.ndtr is 0 in float32 below -6, where Phi is still 1e-9
+    share = 0.5 * torch.erfc(-u / math.sqrt(2))
+    x = torch.where(both, torch.where(both, low, 0.0) + width * share, u)
     x = torch.where(above, torch.where(above, low, 0.0) + torch.nn.functional.softplus(u), x)
     x = torch.where(below, torch.where(below, high, 0.0) - torch.nn.functional.softplus(-u), x)
     floor, roof = _ends(low, high, width)
@@ -50,6 +53,29 @@ def box_slopes(u: Tensor, support: Support) -> tuple[Tensor, Tensor]:
     curvature = torch.where(both, -u, zero)
     curvature = torch.where(above, torch.sigmoid(-u), curvature)
     return log, torch.where(below, -torch.sigmoid(u), curvature)
+
+
+def rounded(x: Tensor, support: Support | None) -> str | None:
+    """Return in a line what the numbers of draws x, (N, d), do not resolve; None where they resolve everything."""
+    eps, spread, middle = torch.finfo(x.dtype).eps, x.std(0, correction=0), x.mean(0)
+    narrow = ((spread > 0) & (spread < 100 * eps * middle.abs())).nonzero().flatten().tolist()
+    if narrow:
+        k = narrow[0]
+        return (
+            f"coordinate {k} varies by {float(spread[k]):.0e} around {float(middle[k]):.1e}, finer than {x.dtype} resolves: "
+            "shift the density to zero"
+        )
+    if support is None:
+        return None
+    low, high, both, *_ = _sides(x, support)
+    floor, roof = _ends(low, high, torch.where(both, high - low, 1.0))
+    share = float(((x <= floor) | (x >= roof)).any(1).double().mean())
+    if share > _CROWDED:
+        return (
+            f"{share:.1%} of the draws lie on the last number of {x.dtype} before an end of the support, with all mass beyond it: "
+            "let that end be zero, which numbers come closer to"
+        )
+    return None
 
 
 def _sides(x: Tensor, support: Support) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

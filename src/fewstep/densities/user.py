@@ -12,11 +12,13 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fewstep.core.checks import check_counts
 from fewstep.core.density import TargetDensity, gradient
 from fewstep.core.noise import Streams
 from fewstep.densities.properness import check_proper
@@ -25,6 +27,9 @@ from fewstep.densities.support import GIVE_SUPPORT, Support, to_box
 Function = Callable[[Tensor], Tensor]
 # each end a number or d of them, as a tensor, an array or a list; None where there is no bound
 Ends = Sequence[Any]
+# of finite differences, with the rounding of a value; the second, which takes float64, for what oscillates faster than the first
+_STEPS = ((1e-3, 1e-6), (1e-5, 1e-12))
+_COARSE = 0.01  # nats
 _GIVE_SCORE = "give score= to as_target or fit (--score on the command line)"
 
 
@@ -70,7 +75,7 @@ class UserDensity(TargetDensity):
         function: (N, d) -> (N,) or (N, 1).
         dim: d.
         own_score: (N, d) -> (N, d), or None for autograd.
-        dtype: the one dtype in which the function works, None for any.
+        dtype: the one dtype in which the function works, or that it needs; None for any.
         support: see `TargetDensity`.
         log_z: see `TargetDensity`.
         hidden: whether autograd cannot see into the function, as into numpy: `own_score` is then the gradient of its values.
@@ -129,12 +134,14 @@ def as_target(
         score: its gradient, (N, d) -> (N, d) or (d,) -> (d,), where autograd should not be used; of numpy arrays too.
         support: (low, high), each a number or (d,), infinite or None where there is no bound. All lower ends come first: of two
             coordinates in [0, 1] and [5, 6] it is ((0, 5), (1, 6)), and a pair for each coordinate would be read as another box.
+            Samplers compute in float32, which resolves what lies close to an end only where that end is zero: of a density that
+            towers at 1, let x be the distance from there.
         log_z: the log of its integral, where it is known.
         check: whether to try the gradient and the tails, some 10^3 evaluations.
 
     Raises:
         TypeError: no callable, one that takes neither form, or dim is missing.
-        ValueError: a score, support or log_z for a `TargetDensity`, which has its own, a dim below 1, a support that is no
+        ValueError: a score, support or log_z for a `TargetDensity`, which has its own, a dim that is no count, a support that is no
             (low, high) or without room, no finite value, a gradient that is not that of log_prob, or a density without a normaliser.
     """
     if isinstance(log_prob, TargetDensity):
@@ -146,11 +153,12 @@ def as_target(
     _check_callable(log_prob)
     if dim is None:
         raise TypeError("a log_prob that is a plain callable needs dim, the number of coordinates")
-    if dim < 1:
-        raise ValueError(f"dim must be at least 1, got {dim}")
+    check_counts(SimpleNamespace(dim=dim), "dim")
     box = None if support is None else _box(support, dim)
     x = probes(dim, box)
     batched, dtype = _batched(log_prob, x, (), "log_prob")
+    if dtype is None and _coarse(batched, x):
+        dtype = torch.float64
     tried = x if dtype is None else x.to(dtype)
     own = None if score is None else _own(score, tried)
     hidden = own is not None and not getattr(_traced(batched, tried), "requires_grad", False)
@@ -197,22 +205,26 @@ def check_gradient(target: UserDensity, x: Tensor) -> None:
     except (RuntimeError, TypeError) as error:
         said = str(error).splitlines()[0]
         raise ValueError(f"log_prob cannot be differentiated; write it in torch or {_GIVE_SCORE}: {said}") from error
-    step, direction = 1e-3, torch.nn.functional.normalize(x.flip(0), dim=1)
-    value, ahead, behind = (target._value(x + s * step * direction) for s in (0, 1, -1))
-    finite = value.isfinite() & ahead.isfinite() & behind.isfinite()
-    if not target.own_score and not bool(score.any()) and bool((value[finite] != value[finite][:1]).any()):
+    value, direction = target._value(x), torch.nn.functional.normalize(x.flip(0), dim=1)
+    known = value[value.isfinite()]
+    if not target.own_score and not bool(score.any()) and bool((known != known[:1]).any()):
         raise ValueError(
             f"log_prob has gradient zero at all points tried though it varies: it is not differentiable; {_GIVE_SCORE}"
         )
-    slope, given = (ahead - behind) / (2 * step), (score * direction).sum(1)
-    allowed = 0.05 * (slope.abs() + given.abs()) + 1e-6 * value.abs() / step + 1e-6
-    wrong = finite & ((slope - given).abs() > allowed)
-    if int(wrong.sum()) > len(x) // 2:
-        k = int(wrong.nonzero()[0])
-        raise ValueError(
-            f"{'score' if target.own_score else 'autograd'} is not the gradient of log_prob: {float(given[k]):.3g} "
-            f"against {float(slope[k]):.3g} by finite differences; detach() or rounding inside, or a wrong score?"
-        )
+    given, wrong = (score * direction).sum(1), value.isfinite()
+    for step, rounding in _STEPS if target.dtype != torch.float32 else _STEPS[:1]:
+        ahead, behind = (target._value(x + s * step * direction) for s in (1, -1))
+        slope = (ahead - behind) / (2 * step)
+        allowed = 0.05 * (slope.abs() + given.abs()) + rounding * value.abs() / step + 1e-6
+        wrong = wrong & slope.isfinite() & ((slope - given).abs() > allowed)
+        if int(wrong.sum()) <= len(x) // 2:
+            return
+    k = int(wrong.nonzero()[0])
+    raise ValueError(
+        f"{'score' if target.own_score else 'autograd'} is not the gradient of log_prob: {float(given[k]):.3g} "
+        f"against {float(slope[k]):.3g} by finite differences; detach() or rounding inside, or a wrong score? "
+        "(as_target with check=False does not ask)"
+    )
 
 
 def _batched(function: Function, x: Tensor, event: tuple[int, ...], name: str) -> tuple[Function, torch.dtype | None]:
@@ -237,6 +249,12 @@ def _batched(function: Function, x: Tensor, event: tuple[int, ...], name: str) -
     raise TypeError(
         f"{name} must map {tuple(x.shape)} to {(len(x), *event)}, or one row of it; it gave {said[0]}; {said[-1]}"
     )
+
+
+def _coarse(function: Function, x: Tensor) -> bool:
+    """Return whether float32 rounds what `function` gives at x, (N, d), so much that weights suffer: by a constant of -1e7, say."""
+    narrow, wide = (torch.as_tensor(function(x.float().to(dtype))).double() for dtype in (torch.float32, torch.float64))
+    return float((narrow - wide).abs().nanmedian()) > _COARSE
 
 
 def _own(score: Function, x: Tensor) -> Function:
@@ -277,12 +295,16 @@ def _box(support: Ends, dim: int) -> Support:
     Raises:
         ValueError: it is not (low, high), or has no room.
     """
-    ends = [_end(side, infinite) for side, infinite in zip(support, (-math.inf, math.inf), strict=False)]
-    if len(support) != 2 or any(torch.as_tensor(end).shape not in {(), (dim,)} for end in ends):
-        raise ValueError(
-            f"both ends of a support, (low, high), must be numbers or {dim} of them, all lower ends first; got {support}"
-        )
-    low, high = ends
+    wrong = (
+        f"both ends of a support, (low, high), must be numbers or {dim} of them, all lower ends first; got {support!r}"
+    )
+    try:
+        low, high = (_end(side, infinite) for side, infinite in zip(support, (-math.inf, math.inf), strict=True))
+        shapes = {torch.as_tensor(end).shape for end in (low, high)}
+    except (TypeError, ValueError):
+        raise ValueError(wrong) from None
+    if not shapes <= {(), (dim,)}:
+        raise ValueError(wrong)
     if not bool((torch.as_tensor(low) < torch.as_tensor(high)).all()):
         raise ValueError(f"the lower end of a support must lie below the upper one, got {support}")
     return low, high

@@ -78,8 +78,8 @@ class Whitened(TargetDensity):
         return straight(self._inverse(u), self.bend.to(u))
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """See `TargetDensity`; `x` are whitened coordinates, (N, d) -> (N,)."""
-        log = self.target.log_prob(self.to_x(x)) + float(self._widths.log().sum())
+        """See `TargetDensity`; `x` are whitened coordinates, (N, d) -> (N,) float64: a constant of -1e7 leaves float32 no digits."""
+        log = self.target.log_prob(self.to_x(x)).double() + float(self._widths.log().sum())
         if bool(self.bend.any()):
             log = log + bend_slopes(x, self.bend.to(x))[0].sum(1)
         return log if self.target.support is None else log + box_slopes(self._free(x), self.target.support)[0].sum(1)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fewstep.core.checks import check_counts, check_not_negative
 from fewstep.core.noise import Noise, Streams
 from fewstep.densities.mcmc.base import Found, Kernel, MonteCarlo, groups_of
 from fewstep.densities.mcmc.bridge import Bridge, State
@@ -25,12 +26,19 @@ class Chains(MonteCarlo):
         chains: how many.
         warmup: steps that are thrown away; one step size per coordinate is adapted in them, from all chains, then kept.
         thin: steps per draw.
+
+    Raises:
+        ValueError: a number of chains or of steps that is none.
     """
 
     kernel: Kernel = field(default_factory=Hamiltonian)
     chains: int = 64
     warmup: int = 500
     thin: int = 1
+
+    def __post_init__(self) -> None:
+        check_counts(self, "chains", "thin")
+        check_not_negative(self, "warmup")
 
     def run(self, bridge: Bridge, n: int, seed: int, dtype: torch.dtype) -> Found:
         """See `MonteCarlo`."""

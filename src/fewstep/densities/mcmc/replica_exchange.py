@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fewstep.core.checks import check_counts, check_not_negative
 from fewstep.core.noise import Noise, Streams
 from fewstep.densities.mcmc.base import Found, Kernel, MonteCarlo, groups_of
 from fewstep.densities.mcmc.bridge import Bridge, State
@@ -58,6 +59,9 @@ class ReplicaExchange(MonteCarlo):
         chains: ladders.
         warmup: steps that are thrown away, in which ladder and step sizes are adapted, then kept.
         thin: steps per draw.
+
+    Raises:
+        ValueError: fewer than two levels, or a number of chains or of steps that is none.
     """
 
     kernel: Kernel = field(default_factory=lambda: Hamiltonian(4))
@@ -65,6 +69,12 @@ class ReplicaExchange(MonteCarlo):
     chains: int = 32
     warmup: int = 600
     thin: int = 1
+
+    def __post_init__(self) -> None:
+        check_counts(self, "levels", "chains", "thin")
+        check_not_negative(self, "warmup")
+        if self.levels < 2:
+            raise ValueError(f"levels must be at least 2, the base and the target, got {self.levels}")
 
     def run(self, bridge: Bridge, n: int, seed: int, dtype: torch.dtype) -> Found:
         """See `MonteCarlo`."""

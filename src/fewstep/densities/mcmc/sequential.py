@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fewstep.core.checks import check_counts
 from fewstep.core.noise import Noise, Streams, mix
 from fewstep.densities.estimators.weights import comb
 from fewstep.densities.mcmc.base import Found, Kernel, MonteCarlo, groups_of
@@ -57,6 +58,9 @@ class SequentialMonteCarlo(MonteCarlo):
     moves: int = 3
     keep: float = 0.9
     resample_below: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_counts(self, "particles")
 
     def run(self, bridge: Bridge, n: int, seed: int, dtype: torch.dtype) -> Found:
         """See `MonteCarlo`."""
