@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy.spatial.distance import pdist
 from scipy.stats import wasserstein_distance
 
 from fewstep import metrics
@@ -37,6 +38,17 @@ def test_sinkhorn_divergence_of_a_translate_is_the_squared_shift():
     assert metrics.sinkhorn_divergence(x, x.flip(0), 1) == pytest.approx(0, abs=1e-6)
 
 
+def test_sinkhorn_divergence_of_two_pairs_of_points():
+    """Of {-r, r} and {-s, s} every row costs the same, so OT_e = -e log mean exp(-C / e)."""
+
+    def entropic(r, s):
+        return -0.7 * math.log((math.exp(-((r - s) ** 2) / 0.7) + math.exp(-((r + s) ** 2) / 0.7)) / 2)
+
+    signs = torch.tensor([[-1.0], [1.0]]).double()
+    found = metrics.sinkhorn_divergence(signs, 1.6 * signs, epsilon=0.7, tolerance=1e-6)
+    assert found == pytest.approx(entropic(1, 1.6) - (entropic(1, 1) + entropic(1.6, 1.6)) / 2, rel=1e-5)
+
+
 def test_sinkhorn_divergence_nears_the_exact_cost():
     a, b = rows(0, 150, 2), 1.7 * rows(1, 150, 2) + 1
     exact = metrics.wasserstein(a, b, 2) ** 2
@@ -47,6 +59,22 @@ def test_sinkhorn_divergence_nears_the_exact_cost():
 def test_sinkhorn_that_has_not_converged_is_an_error():
     with pytest.raises(ValueError, match="not converged"):
         metrics.sinkhorn_divergence(rows(0), 3 * rows(1), epsilon=0.1, iterations=5)
+
+
+def test_scales_left_out_are_those_of_the_reference():
+    a, b = 2 * rows(0, 6), rows(1, 6)
+    b[0] += 10  # far from the rest: the median distance is not the mean
+    median = float(np.median(pdist(b)))
+    assert metrics.mmd(a, b) == pytest.approx(metrics.mmd(a, b, bandwidth=median))
+    assert stein(b) == pytest.approx(stein(b, bandwidth=median))
+    cost = float(torch.cdist(b, b).square().mean())
+    assert metrics.sinkhorn_divergence(a, b) == pytest.approx(metrics.sinkhorn_divergence(a, b, epsilon=cost / 20))
+
+
+def test_noise_floor_takes_every_set_once():
+    seen = []
+    metrics.noise_floor(lambda a, b: seen.extend((a, b)) or 0.0, lambda seed: seed, repeats=3)
+    assert len(set(seen)) == len(seen) == 6
 
 
 def test_noise_floor_is_that_of_equal_laws():
@@ -106,8 +134,10 @@ def test_mode_weights_and_their_errors():
     shares, errors = metrics.mode_weights(modes, 5)
     assert shares.tolist() == pytest.approx([0.25, 0.25, 0.25, 0.25, 0])
     assert errors.tolist() == pytest.approx([math.sqrt(0.25 * 0.75 / 1000)] * 4 + [0])
-    weighted, _ = metrics.mode_weights(modes, 4, torch.log(torch.arange(1.0, 5.0))[modes])
+    weighted, errors = metrics.mode_weights(modes, 4, torch.log(torch.arange(1.0, 5.0))[modes])
     assert weighted.tolist() == pytest.approx([0.1, 0.2, 0.3, 0.4])
+    variances = (weighted[:, None] * (torch.eye(4) - weighted)).square().sum(0) / 250  # of a ratio
+    assert errors.tolist() == pytest.approx(variances.sqrt().tolist())
     for bad in ((modes, 3), (modes[:, None], 4), (modes, 4, torch.zeros(3))):
         with pytest.raises(ValueError, match="expected"):
             metrics.mode_weights(*bad)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from scipy.stats import genpareto
+from scipy.stats import t as student
 
 from fewstep.core.noise import Streams
 from fewstep.core.schedule import VariancePreserving
@@ -186,6 +188,14 @@ def test_path_weights_are_unbiased_at_high_noise_and_of_infinite_variance_at_low
         assert (path.khat < 0.5) == good and weights.ess(mixture) > 1.3 * path.ess
 
 
+def test_the_way_back_of_a_path_keeps_the_law_of_the_noising():
+    """N(z; b y_1, v) has v = sigma_1^2 - b^2 sigma_t^2 with b = alpha_1 / alpha_t; v is read off a weight's fall with z."""
+    schedule, t, zero = VariancePreserving(0.1, 2.0), torch.tensor(0.6).double(), torch.zeros(2, 1)
+    at = chains.path_log_weights(zero[:, 0], zero, zero, torch.tensor([[0.0], [1.0]]).double(), schedule, t)
+    (alpha, sigma), (alpha_1, sigma_1) = schedule(t), schedule(torch.ones_like(t))
+    torch.testing.assert_close(1 / (1 - 2 * (at[1] - at[0])), sigma_1**2 - (alpha_1 / alpha * sigma) ** 2)
+
+
 def test_mixture_weights_are_unbiased_for_few_draws_too():
     """E[mean w] = Z holds for batches of 4: the mean over many batches is Z, that of the self-normalised log is not."""
     prior, _, means, y_1, _, log_pi, t = gaussian_chain(4096, 0.6, seed=5)
@@ -239,6 +249,25 @@ def test_smoothing_tames_the_largest_weight_and_keeps_order_and_body():
         psis.smooth(torch.tensor([math.nan] * 30))
 
 
+def test_smoothing_puts_the_quantiles_of_the_fit_where_the_tail_was():
+    log_w, size = 1.5 * normals(1000, 1)[:, 0], 95
+    values, order = log_w.sort()
+    edge = values[-size - 1]
+    shape, scale = psis.fit_pareto((values[-size:] - values[-1]).exp() - (edge - values[-1]).exp())
+    smoothed, k = psis.smooth(log_w)
+    quantiles = torch.tensor(genpareto.ppf((np.arange(size) + 0.5) / size, shape, scale=scale))
+    want = (quantiles + (edge - values[-1]).exp()).clamp_max(1).log() + values[-1]
+    torch.testing.assert_close(smoothed[order[-size:]], want)
+    assert k == shape
+
+
+def test_few_draws_are_drawn_to_one_half_and_allow_less():
+    """k = -1 of evenly spread draws is no more than one voice in two beside the ten draws of the prior."""
+    shape, _ = psis.fit_pareto((torch.arange(10).double() + 0.5) / 10)
+    assert -0.4 < shape < 0
+    assert [psis.limit(count) for count in (100, 10**9)] == pytest.approx([0.5, 0.7])
+
+
 # ---- log Z, its interval, expectations
 
 
@@ -290,6 +319,14 @@ def test_interval_of_groups_counts_groups():
     )
 
 
+def test_interval_of_three_groups_by_hand():
+    """Means 1, 1 and 4 are .5, .5 and 2 of theirs: standard error 1/2, third moment 1/4, Student's law of 2."""
+    log_w = torch.tensor([1.0, 1, 1, 1, 4, 4]).log()
+    shift, reach = 0.25 / (6 * 3 * 0.25 * 3), student.ppf(0.75, 2) / 2
+    want = [math.log(2 * (1 + shift - reach)), math.log(2 * (1 + shift + reach))]
+    assert weights.log_z_interval(log_w, 0.5, group=2) == pytest.approx(want)
+
+
 def test_no_upper_end_where_the_variance_may_be_infinite():
     draws = log_normal_draws(2000, 4.0, 0)
     assert draws.khat > 0.7
@@ -304,6 +341,18 @@ def test_expectation_and_its_error():
     assert errors.square().mean().sqrt() == pytest.approx(float(values.std()), rel=0.25)
     plain = log_normal_draws(1000, 0.8, 0).x.mean()
     assert abs(plain - 0.8) > 0.5  # without weights it is another law
+
+
+def test_the_error_of_a_plain_mean_is_its_standard_error():
+    values = normals(5, 1)
+    mean, error = weights.expectation(values)
+    torch.testing.assert_close((mean, error), (values.mean(0), values.std(0) / 5**0.5))
+
+
+def test_combs_take_each_index_in_proportion_to_its_weight():
+    offsets = (torch.arange(100) + 0.5) / 100
+    picked = weights.comb(torch.tensor([0.25, 0.75]).log().expand(100, 2), offsets, 3)
+    assert float(picked.double().mean()) == pytest.approx(0.75)
 
 
 def test_elbo_and_eubo_enclose_log_z():

@@ -121,6 +121,17 @@ def test_joint_posterior_is_that_of_both_measurements():
     assert torch.allclose(joint.log_evidence, want.log_evidence + scale, atol=1e-9)
 
 
+def test_a_joint_likelihood_multiplies_densities_and_starts_between_its_measurements():
+    likelihood = GaussianLikelihood(torch.ones(2, 3).double(), MatrixOperator(torch.eye(3).double()), 0.2)
+    x_t, alpha, sigma = torch.full((2, 3), 0.3).double(), torch.tensor([0.6, 0.8]), torch.tensor([0.8, 0.6])
+    weight = ((alpha / sigma) ** 2)[:, None]  # of x_t / alpha, against 1 of the other
+    want = (likelihood.start() + weight * x_t / alpha[:, None]) / (1 + weight)
+    joint, x = JointLikelihood(likelihood, x_t, alpha, sigma), torch.full((2, 3), -0.5).double()
+    torch.testing.assert_close(joint.start(), want)
+    law = torch.distributions.Normal(alpha[:, None] * x, sigma[:, None])
+    torch.testing.assert_close(joint.log_prob(x), likelihood.log_prob(x) + law.log_prob(x_t).sum(1))
+
+
 def test_posterior_without_a_measurement_is_the_prior():
     prior = mixture_problem().problem.prior
     from fewstep.core.likelihood import FlatLikelihood

@@ -152,6 +152,13 @@ def test_the_tensors_of_an_operator_are_where_the_measurement_is(operator):
     assert physics.A_adjoint(y).device.type == "meta" and all(b.is_meta for b in physics.buffers())
 
 
+def test_items_are_simulated_with_noise_and_levels_of_their_own():
+    x, levels = image(), torch.tensor([0.1, 0.3], dtype=F64)
+    noise = words.Denoise().simulate(x, 1.0, seed=3) - x
+    torch.testing.assert_close(words.Denoise().simulate(x, levels, seed=3), x + levels.reshape(2, 1, 1, 1) * noise)
+    assert abs(float(torch.corrcoef(noise.flatten(1))[0, 1])) < 0.1
+
+
 def test_sr_fits_sides_to_multiples_of_the_factor():
     assert words.SuperResolution(4).fit((3, 30, 33)) == (3, 28, 32)
     assert words.Denoise().fit((3, 30, 33)) == (3, 30, 33)
@@ -218,6 +225,13 @@ def test_kernels_sum_to_one_and_leave_the_global_generator_alone():
     assert float((width.sum(0) * offsets**2).sum()) == pytest.approx(2.25, rel=1e-2)
 
 
+def test_motion_kernels_are_those_of_deepinv():
+    rng = torch.Generator().manual_seed(2)
+    generator = deepinv_physics().generator.MotionBlurGenerator((15, 15), rng=rng, l=0.5, sigma=0.4)
+    drawn = generator.step()["filter"].double()
+    torch.testing.assert_close(kernels.motion_kernel(15, 2, length=0.5, spread=0.4), drawn / drawn.sum())
+
+
 def test_kernel_files(tmp_path):
     truth = np.random.default_rng(0).integers(0, 256, (5, 7)).astype(np.uint8)
     Image.fromarray(truth).save(tmp_path / "k.png")
@@ -268,6 +282,12 @@ def test_noise_level_of_a_photograph(sigma):
     assert torch.allclose(estimate_sigma(y), torch.full((2,), sigma, dtype=F64), rtol=0.1)
     assert torch.equal(estimate_sigma(y[:1]), estimate_sigma(y)[:1])
     assert torch.allclose(words.Denoise().likelihood(y).sigma, 2 * estimate_sigma(y))
+
+
+def test_texture_in_a_corner_does_not_raise_the_noise_level():
+    y = words.Denoise().simulate(image(1, 3, 96, 96), 0.05)
+    y[..., :16, :16] += 0.5 * (-1.0) ** (torch.arange(16)[:, None] + torch.arange(16))
+    assert float(estimate_sigma(y)) == pytest.approx(0.05, rel=0.1)
 
 
 def test_a_flat_image_has_the_noise_of_rounding():
@@ -347,5 +367,5 @@ def test_an_operator_with_a_constant_part_is_refused():
         def A_adjoint(self, y):
             return y
 
-    with pytest.raises(ValueError, match="not"):
+    with pytest.raises(ValueError, match=r"Offset is not linear: A\(0\) reaches 1"):
         image_likelihood(torch.rand(1, 1, 8, 8), Offset(), 0.1)

@@ -16,15 +16,18 @@ from fewstep.core.noise import Noise
 from fewstep.core.problem import Posterior
 from fewstep.core.registry import get
 from fewstep.core.sampler import State
+from fewstep.core.schedule import VariancePreserving
 from fewstep.methods.mmps import MMPS
 from fewstep.methods.pigdm import PiGDM
 from fewstep.priors.diagnostics import asymmetry, jacobian, local_dimension, sampling_defect
 from fewstep.priors.exact import GaussianPrior, integrate_flow
+from fewstep.solvers._rejection import _noised
 from fewstep.solvers.ddim import DDIM
 from fewstep.solvers.diffrs import Bounds, DiffRS, bounds_of
 from fewstep.solvers.dpmpp_adaptive import AdaptiveDPMSolverPP
 from fewstep.solvers.masf import MASF, haar, unhaar
 from fewstep.solvers.srds import SRDS
+from fewstep.testing.law import ScriptedNoise
 from fewstep.testing.problems import gaussian_problem, mixture_problem
 from fewstep.testing.propagate import finite_step_law
 
@@ -88,6 +91,8 @@ def test_srds_stops_item_by_item(mixture):
     samples, states = iterates(whole, mixture, 12)
     moving = torch.stack([state.memory.moving for state in states])
     assert 0 < int(moving.any(1).sum()) < 8 and len(set(moving.sum(0).tolist())) > 1
+    change = torch.stack([state.x for state in states]).diff(dim=0).abs().flatten(2).mean(2)
+    assert torch.equal(moving[1:], moving[:-1] & (change >= 1e-4))
     assert float((samples.x - truth).abs().flatten(2).mean(-1).max()) < 1e-4
     assert samples.nfe < whole.nfe
     assert torch.allclose(whole(mixture, 12, chunk=1).x, samples.x, atol=1e-13)
@@ -263,6 +268,24 @@ def test_the_published_rule_is_biased(share, low, high):
 def test_a_bound_that_does_not_hold_biases():
     found, _ = mass("fresh", Bounds((0.0,) * (STEPS + 1), (0.0,) * (STEPS + 1)))
     assert found["left"] > rejection.DATA + 4 * found["left ±"]
+
+
+@pytest.mark.parametrize(("rule", "asked"), [("fresh", [1, 2, 3, 4, 5]), ("restart", [5])])
+def test_a_step_is_tested_by_the_bound_of_where_it_leads(rule, asked):
+    true = rejection.true_bounds(6)
+    other = tuple(bound if k in asked else 50.0 for k, bound in enumerate(true.value))
+    left, right = (
+        rejection.rejecting(DiffRS(6, grid="log_snr"), rule, bounds)(rejection.model_problem(), 8).x
+        for bounds in (true, Bounds(other, true.growth))
+    )
+    assert torch.equal(left, right)
+
+
+def test_what_a_step_back_adds_keeps_the_marginal():
+    schedule, (s, t) = VariancePreserving(), torch.tensor([0.3, 0.4], dtype=F64)
+    (alpha_s, sigma_s), (alpha_t, sigma_t) = schedule(s), schedule(t)
+    std = _noised(schedule, torch.zeros(1, 1, dtype=F64), s, t, ScriptedNoise(torch.ones(1, 1, dtype=F64)))[0, 0]
+    torch.testing.assert_close((alpha_t / alpha_s * sigma_s) ** 2 + std**2, sigma_t**2)
 
 
 def test_redraws_cost_no_network_calls():

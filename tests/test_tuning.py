@@ -214,6 +214,12 @@ def test_decisions_give_the_known_solvers(decision, name, settings):
     assert same_law(USF(12, (other,), "log_snr"), known) > 1e-4
 
 
+def test_fewer_decisions_serve_equal_shares_of_the_steps():
+    first, second = Decision("x0", 1), Decision("x0", 2, "half")
+    shared = USF(9, (first, second), "log_snr")
+    assert same_law(shared, USF(9, 5 * (first,) + 4 * (second,), "log_snr")) == 0
+
+
 def test_inner_points_give_the_singlestep_solver():
     schedule, outer = MIXTURE.schedule, times_of("log_snr", MIXTURE.schedule, 7)
     logs = schedule.ratio(outer[:-1]).log()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from fewstep import GaussianPrior, Posterior, Samples, get
 from fewstep.core.likelihood import Counts, GaussianLikelihood
+from fewstep.core.noise import Noise
 from fewstep.core.sampler import Sampler, State
 from fewstep.metrics import coverage
 from fewstep.operators.matrix import MatrixOperator
@@ -154,6 +156,14 @@ def test_samples_that_agree_can_still_be_stretched():
     assert calibration.factor * calibration.floor == pytest.approx(0.95, abs=0.03)
 
 
+def test_intervals_are_stretched_about_the_median():
+    samples = samples_of(torch.randn(5, 2, 1, 3, 3, generator=torch.Generator().manual_seed(0)).exp())
+    centre, (lower, upper) = samples.x.median(0).values, samples.interval(0.9)
+    low, high = Calibration(0.9, 2.0, 5, 9, floor=0.01).apply(samples)
+    torch.testing.assert_close(low, centre - 2 * (centre - lower + 0.01))
+    torch.testing.assert_close(high, centre + 2 * (upper - centre + 0.01))
+
+
 # --- checks against exact posteriors ---
 
 K, B = 19, 400
@@ -233,6 +243,19 @@ def test_the_standard_error_of_expected_coverage():
     values = torch.stack([run.coverage for run in runs])
     assert torch.allclose(values.std(0), runs[0].error, rtol=0.1)
     assert float(((values.mean(0) - runs[0].level) / runs[0].error).abs().max()) < 5 / 2000**0.5
+
+
+def test_samples_equal_to_the_truth_are_not_below_it():
+    assert sbc_ranks(torch.tensor([[1.0], [2.0], [2.0], [3.0]]), torch.tensor([2.0])).tolist() == [1]
+
+
+def test_a_reference_is_drawn_to_the_measurement_by_its_precision_and_looks_from_the_side_of_its_seed():
+    """With y = 0 a reference is z shrunk by sigma^2 / (sigma^2 + rho^2) where y was measured, and z itself elsewhere."""
+    likelihood = GaussianLikelihood(torch.zeros(3, 1).double(), MatrixOperator(torch.eye(2).double()[:1]), 0.5)
+    shrink = torch.tensor([0.25 / (0.25 + 4), 1]).double()
+    for seed in (0, 1):
+        z = 2 * Noise([seed], torch.float64).randn(2)
+        torch.testing.assert_close(tarp_references(likelihood, seed, rho=2.0), (shrink * z).expand(3, 2))
 
 
 def test_p_values_are_uniform_where_ranks_are():
@@ -329,6 +352,15 @@ def test_bootstrap_is_reproducible_alone_and_in_a_batch():
     assert given.num_samples == 50 and float(given.std.min()) > 0.1
     with pytest.raises(ValueError, match="at least one"):
         equivariant_bootstrap(Exact(), circular_problem(), [])
+
+
+def test_bootstrap_draws_its_transforms_at_random_and_replicates_do_not_depend_on_their_number():
+    drawn = []
+    transforms = [Transform(lambda x, i=i: drawn.append(i) or x, lambda x: x) for i in range(2)]
+    runs = [equivariant_bootstrap(Exact(), circular_problem(), transforms, num=num).x for num in (100, 7)]
+    assert torch.equal(runs[0][:7], runs[1]) and drawn[:7] == drawn[100:]
+    repeats = sum(a == b for a, b in itertools.pairwise(drawn[:100]))
+    assert abs(drawn[:100].count(0) - 50) < 20 and abs(repeats - 49.5) < 20  # 4 standard errors of independent draws
 
 
 def test_bootstrap_of_a_method_of_the_library():
