@@ -420,7 +420,10 @@ def test_restore_uses_what_lies_beside_the_weights(found, sampler, tmp_path, mon
     assert "outside the card" in (tmp_path / "c" / "report.html").read_text()
     assert _notes(loud)[-1].startswith("intervals: calibrated on 24") and len(_notes(after.record)) == 1
     few = run(path, tmp_path / "d", sampler, monkeypatch, samples=4).record
-    assert not few["calibrated"] and "8 samples" in few["intervals"]
+    assert (
+        not few["calibrated"] and "8 samples" in few["intervals"] and _notes(few)[-1].startswith("intervals: not cal")
+    )
+    assert len(_notes(few | {"num_samples": 1})) == 1  # one sample has no intervals
 
 
 def test_grey_photographs_are_not_calibrated(found, sampler, tmp_path, monkeypatch):

@@ -10,14 +10,14 @@ import fewstep
 from fewstep.core.batch import like
 from fewstep.core.denoiser import PARAMETRISATIONS, Rescheduled
 from fewstep.core.grid import GRIDS
-from fewstep.core.kernel import ddim_std, renoise
+from fewstep.core.kernel import ddim_std, one_step_noise, renoise
 from fewstep.core.likelihood import Counts, FlatLikelihood
 from fewstep.core.linalg import cg
 from fewstep.core.noise import Noise, Streams
 from fewstep.core.problem import Posterior
 from fewstep.core.samples import Samples
 from fewstep.core.schedule import Brownian
-from fewstep.testing.problems import mixture_problem
+from fewstep.testing.problems import gaussian_problem, mixture_problem
 
 DOUBLE = torch.float64
 
@@ -237,6 +237,15 @@ def test_eta_one_is_the_exact_bridge():
     assert torch.allclose(ddim_std(schedule, t, s, 1.0) ** 2, 1 / precision, rtol=1e-9)
 
 
+def test_the_published_kernel_has_the_noise_of_one_step_of_the_table():
+    schedule, eta = fewstep.Tabulated.linear(), 0.8
+    a = torch.tensor(schedule.alphas_cumprod, dtype=DOUBLE)
+    variance = eta**2 * (1 - a[299]) / (1 - a[499]) * (1 - a[499] / a[498])
+    found = one_step_noise(schedule, *torch.tensor([0.5, 0.3], dtype=DOUBLE), eta)
+    want = (1 - a[299] - variance).sqrt(), (variance * (2 - a[299])).sqrt()
+    torch.testing.assert_close(found, want, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("name", GRIDS)
 def test_grids_fall_from_one_to_zero(name):
     for schedule in (fewstep.VariancePreserving(), fewstep.EDM(), fewstep.Tabulated.linear()):
@@ -253,6 +262,23 @@ def test_grids_fall_strictly_where_no_ratio_is_small(name, steps):
         times = GRIDS[name](schedule, steps)
         assert len(times) == steps + 1 and abs(float(times[0]) - 1) < 1e-9 and float(times[-1]) == 0
         assert bool((times.diff() < 0).all())
+
+
+@pytest.mark.parametrize(
+    ("name", "even"),
+    [("log_snr", torch.log), ("edm", lambda r: r ** (1 / 7)), ("arctan", lambda r: torch.atan(2 * r))],
+)
+def test_grids_are_even_in_what_they_are_named_after(name, even):
+    schedule = fewstep.EDM()
+    ratios = schedule.ratio(GRIDS[name](schedule, 6)[:-1])
+    torch.testing.assert_close(ratios[[0, -1]], torch.tensor([80, 0.01], dtype=DOUBLE))
+    steps = even(ratios).diff()
+    torch.testing.assert_close(steps, steps.mean().expand(5))
+
+
+def test_the_square_roots_of_the_quadratic_grid_are_even():
+    times = GRIDS["quadratic"](fewstep.EDM(), 4)
+    torch.testing.assert_close(times, torch.tensor([16, 9, 4, 1, 0], dtype=DOUBLE) / 16)
 
 
 # --- samples -------------------------------------------------------------------------------------------------------------
@@ -339,3 +365,64 @@ def test_what_is_no_problem_is_refused_in_words():
             Posterior(prior, wrong)
     with pytest.raises(TypeError, match=r'\{"label": torch.tensor\(\[7\]\)\} say, got 7'):
         Posterior(prior, flat, cond=7)
+
+
+class Own(fewstep.Denoiser):
+    """A denoiser of somebody's own network."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network, self.schedule, self.event_shape = network, fewstep.VariancePreserving(), (2,)
+
+    def forward(self, x_t, t, **cond):
+        return self.network(x_t)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        torch.nn.Dropout(0.5),
+        torch.nn.AlphaDropout(0.1),
+        torch.nn.BatchNorm1d(2),
+        torch.nn.InstanceNorm1d(2, track_running_stats=True),
+    ],
+)
+def test_a_prior_whose_training_mode_matters_is_refused_in_it(part):
+    prior = Own(torch.nn.Sequential(torch.nn.Linear(2, 2), part.train()))
+    message = rf"^{type(part).__name__} of the prior is in training mode, .*prior\.eval\(\)"
+    with pytest.raises(ValueError, match=message):
+        Posterior(prior, FlatLikelihood((2,)))
+    with pytest.raises(ValueError, match=message):
+        Posterior(Rescheduled(prior, fewstep.Flow()), FlatLikelihood((2,)))
+    Posterior(prior.eval(), FlatLikelihood((2,)))
+
+
+def test_a_prior_whose_training_mode_does_not_matter_is_taken_in_it():
+    parts = (torch.nn.Linear(2, 2), torch.nn.Dropout(0.0), torch.nn.BatchNorm1d(2, track_running_stats=False))
+    prior = Own(torch.nn.Sequential(*parts)).train()
+    assert prior.training and Posterior(prior, FlatLikelihood((2,))).prior is prior
+    frozen = Own(torch.nn.Dropout(0.5).eval())  # itself in training mode, its part is not
+    assert frozen.training and Posterior(frozen, FlatLikelihood((2,))).prior is frozen
+
+
+@pytest.mark.parametrize("name", ["mmps", "dps", "pigdm"])
+def test_methods_that_take_gradients_say_so_in_inference_mode(name):
+    problem, sampler = gaussian_problem().problem, fewstep.get(name)(steps=2)
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"^gradients are .*use torch\.no_grad\(\)$"):
+        sampler(problem)
+    with torch.no_grad():
+        assert bool(sampler(problem).x.isfinite().all())
+
+
+def test_scores_of_likelihoods_say_so_in_inference_mode():
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"use torch\.no_grad\(\)$"):
+        FlatLikelihood((2,)).score(torch.zeros(1, 2))
+
+
+def test_noise_is_drawn_on_the_cpu_whatever_device_is_the_default():
+    seeds, sizes = [0, 1], (3, 500)
+    first, second = fewstep.Noise(seeds), fewstep.Noise(seeds)
+    want = [first.randn(n) for n in sizes], first.rand(2)
+    with torch.device("meta"):
+        found = [second.randn(n) for n in sizes], second.rand(2)
+    torch.testing.assert_close(found, want, rtol=0, atol=0)

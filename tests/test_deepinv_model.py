@@ -78,6 +78,17 @@ def test_it_is_the_mean_of_the_samples_of_the_library():
     assert prior_only(y, operator).shape == (2, *SHAPE)
 
 
+def test_its_training_mode_is_not_the_priors():
+    prior, operator = unet(), physics("blur")
+    prior.dropout = nn.Dropout(0.5)
+    prior.train()
+    model = as_deepinv(Unfolded(network(prior), steps=1), prior).train()
+    assert model.training and model.networks.training and model.networks[0].decoder.training
+    assert not any(part.training for part in prior.modules())
+    assert model(operator(images()), operator).requires_grad
+    assert not any(part.training for part in model.eval().modules())
+
+
 def test_deepinv_trains_it(tmp_path):
     operator, y = measured("inpainting")
     prior = unet()

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import fewstep
+from fewstep.core.likelihood import FlatLikelihood
 from fewstep.operators.words import get_operator, operators
 from fewstep.testing.law import distance
 from fewstep.testing.oracle import ExactMean
@@ -87,6 +88,17 @@ def python_of(page, *headings):
     return [code for section in sections for code in re.findall(r"```python\n(.*?)```", section, re.DOTALL)]
 
 
+class Trained(torch.nn.Module):
+    """A network of weights, which takes no other precision than theirs."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Conv2d(3, 3, 1)
+
+    def forward(self, x, sigma):
+        return self.layer(x) / (1 + sigma.reshape(-1, 1, 1, 1))
+
+
 def test_the_python_of_the_sampling_page_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     drawing, reading, network, wrapped = python_of("sampling.md", "In Python", "A denoiser of your own")
@@ -99,4 +111,6 @@ def test_the_python_of_the_sampling_page_runs(tmp_path, monkeypatch):
     assert 0 <= float(scope["images"].min()) < float(scope["images"].max()) <= 1
     exec(network + wrapped, scope)
     x, t = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0.3, 0.6])
-    torch.testing.assert_close(scope["Wrapped"](scope["Network"]())(x, t), scope["prior"](x, t))
+    torch.testing.assert_close(scope["own"](x, t), scope["prior"](x, t))
+    problem = fewstep.Posterior(scope["Wrapped"](Trained()).eval(), FlatLikelihood((3, 4, 4)))
+    assert fewstep.get("diffpir")(steps=2)(problem).x.dtype == torch.float32

@@ -16,7 +16,7 @@ from fewstep.core.spectral import (
     OrthogonalSpectrum,
     spectrum_of,
 )
-from fewstep.operators.image import deepinv_physics
+from fewstep.operators.image import deepinv_physics, image_likelihood
 from fewstep.operators.matrix import MatrixOperator
 from fewstep.testing.likelihood import check_adjoint, check_draw, check_likelihood, check_prox
 
@@ -387,6 +387,8 @@ def test_no_measurement():
         ({"y": torch.ones(2, 1, 6, 7)}, "does not fit"),
         ({"y": torch.ones(2, 3, 6)}, "does not fit"),
         ({"y": torch.ones(2, 1, 6, 6, dtype=torch.int64)}, "floating or complex type, got torch.int64"),
+        ({"y": torch.ones(0, 1, 6, 6)}, r"B from 1, got shape \(0, 1, 6, 6\)"),
+        ({"y": torch.tensor(1.0)}, r"B from 1, got shape \(\)"),
     ],
 )
 def test_bad_input_is_named_in_one_line(change, message):
@@ -395,6 +397,33 @@ def test_bad_input_is_named_in_one_line(change, message):
     with pytest.raises(ValueError, match=message) as error:
         GaussianLikelihood(given["y"], physics, given["sigma"])
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("make", [GaussianLikelihood, image_likelihood])
+def test_arguments_of_other_types_are_named_in_one_line(make):
+    y, physics = torch.ones(2, 1, 6, 6), P.Denoising()
+    wrong = [
+        ((y.numpy(), physics, 0.1), r"measurement must be a tensor, \(B, \*measurement\), got ndarray"),
+        ((physics, y, 0.1), "measurement must be a tensor, .*, got Denoising"),
+        ((y, torch.nn.Identity(), 0.1), "must have A and A_adjoint, got Identity without A and A_adjoint"),
+        ((y, P.Physics(), 0.1), "got Physics without A_adjoint"),
+        ((y, physics, "0.02"), "sigma must be a number or one per measurement, got '0.02'"),
+        ((y, physics, None), "sigma must be a number or one per measurement, got None"),
+    ]
+    for given, message in wrong:
+        with pytest.raises(TypeError, match=message) as error:
+            make(*given)
+        assert "\n" not in str(error.value)
+
+
+def test_a_constant_part_is_told_from_a_wrong_adjoint():
+    class Offset(Wrong):
+        def A(self, x):
+            return super().A(x) + 0.5
+
+    matrix = randn(5, 8)
+    with pytest.raises(ValueError, match=r"Offset is not linear: A\(0\) reaches 0\.5"):
+        GaussianLikelihood(randn(2, 5), Offset(matrix, matrix), 0.1)
 
 
 def test_core_needs_no_deepinv():

@@ -235,6 +235,26 @@ def test_a_deepinv_network_never_hears_a_level_outside_its_range():
         DeepinvDenoiser(Spy(), sigma_min=0.2, sigma_max=0.1)
 
 
+@pytest.mark.parametrize("weights", [torch.float32, torch.float64])
+def test_a_deepinv_network_runs_in_the_precision_of_its_weights(weights):
+    heard = []
+
+    class Layer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Conv2d(3, 3, 1)
+
+        def forward(self, x, sigma):
+            heard.append(sigma.dtype)
+            return self.layer(x)
+
+    prior, x = load_prior(Layer().to(weights)), noisy(2, 3, 4, 4)
+    single, double = prior(x, torch.tensor(0.3)), prior(x.double(), torch.tensor(0.3))
+    assert single.dtype == torch.float32 and double.dtype == torch.float64
+    assert heard == [weights, weights]
+    torch.testing.assert_close(single.double(), double, rtol=1e-5, atol=1e-5)
+
+
 def test_a_real_deepinv_denoiser_denoises():
     dinv = pytest.importorskip("deepinv")
     prior = load_prior(dinv.models.MedianFilter())

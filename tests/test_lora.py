@@ -175,7 +175,7 @@ def test_the_shipped_prior_knows_its_hash():
 
 def test_what_is_refused(prior, tmp_path):
     for wrong in ({"rank": -1}, {"alpha": 0.0}):
-        with pytest.raises(ValueError, match="must not be negative"):
+        with pytest.raises(ValueError, match=r"(rank|alpha) must be"):
             LoRAConfig(**wrong)
     with pytest.raises(ValueError, match=r"no module net\.conv_un"):
         add_lora(UNetDenoiser(TINY), LORA, ("net.conv_un",))
@@ -211,6 +211,40 @@ def test_what_is_loaded_and_saved_again_keeps_its_card_and_calibrations(prior, t
         fewstep.save_sampler(fewstep.get("diffpir")(), tmp_path / "none")
 
 
+def test_a_sampler_that_is_saved_where_it_was_loaded_keeps_its_card(prior, tmp_path):
+    save_network(network(prior, lora=None, trained=0.05), tmp_path, {"prior": "natural", "licence": "MIT"})
+    (tmp_path / "calibration.json").write_text("{}")
+    before = json.loads((tmp_path / "config.json").read_text())
+    fewstep.save_sampler(fewstep.load_sampler(tmp_path, 2), tmp_path, data="40 photographs")
+    assert json.loads((tmp_path / "config.json").read_text()) == {**before, "data": "40 photographs"}
+    assert "license: MIT" in (tmp_path / "README.md").read_text() and (tmp_path / "calibration.json").is_file()
+
+
+def test_an_adapter_that_is_saved_as_a_whole_keeps_its_facts(prior, tmp_path):
+    prior.save(tmp_path / "prior")
+    facts = {"prior": str(tmp_path / "prior"), "licence": "MIT", "steps": 7}
+    save_adapter(network(prior, trained=0.05), prior, tmp_path / "adapter", facts)
+    (tmp_path / "adapter/calibration.json").write_text("{}")
+    sampler = fewstep.load_sampler(tmp_path / "adapter", 2)
+    fewstep.save_sampler(sampler, tmp_path / "whole")
+    header = json.loads((tmp_path / "whole/config.json").read_text())
+    assert {name: header.get(name) for name in facts} == facts
+    assert "7 were done" in (tmp_path / "whole/README.md").read_text()
+    assert not (tmp_path / "whole/calibration.json").exists()  # it goes by the hash of the adapter
+    with torch.no_grad():
+        next(sampler.network.parameters()).add_(1.0)
+    fewstep.save_sampler(sampler, tmp_path / "other")
+    assert "licence" not in json.loads((tmp_path / "other/config.json").read_text())
+
+
+def test_the_card_counts_the_calls_of_the_start(prior, tmp_path):
+    for start, calls in (("gaussian", 2), ("ram", 3)):
+        net = UnfoldedNetwork(UnfoldedConfig(LevelConfig(2), start), AdaptedDecoder(prior.with_context(0)))
+        save_network(net, tmp_path / start)
+        assert f" {calls} network calls per outer step" in (tmp_path / start / "README.md").read_text()
+        assert net.calls == calls
+
+
 def test_images_of_other_channels_are_refused(prior, problem):
     net = network(prior, lora=None, trained=0.05)
     grey = get_operator("denoise")().likelihood(torch.rand(1, 1, 16, 16), None, 0.05)
@@ -231,7 +265,7 @@ def test_samplers_come_from_the_hub_by_id_only(prior, problem, tmp_path, monkeyp
 
     monkeypatch.setattr(hub, "snapshot_download", snapshot)
     sampler = fewstep.load_sampler("owner/name", 2, kernel="bridge")
-    assert asked == [("owner/name", ("config.json", "model.safetensors"))]
+    assert asked == [("owner/name", ("model.safetensors", "config.json", "README.md", "calibration.json"))]
     assert sampler(problem[0], 1).nfe == 4
     with pytest.raises(ValueError, match="no trained sampler"):
         fewstep.load_sampler("./owner/name")

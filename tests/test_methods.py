@@ -17,7 +17,7 @@ from fewstep.core.schedule import Tabulated
 from fewstep.methods.latino import LATINO
 from fewstep.methods.mmps import MMPS
 from fewstep.operators.matrix import MatrixOperator
-from fewstep.testing.law import ScriptedNoise, distance
+from fewstep.testing.law import ScriptedNoise, distance, run_scripted
 from fewstep.testing.problems import bimodal_problem, gaussian_problem, scalar_problem
 from fewstep.testing.propagate import finite_step_law
 from fewstep.testing.sampler import (
@@ -315,6 +315,27 @@ def test_dps_guidance_is_the_gradient_of_the_norm():
             assert float(found[i, j]) == pytest.approx(-0.7 * float(slope), abs=1e-6)
 
 
+def test_the_last_step_of_dps_is_guided_too():
+    problem, sampler = gaussian_problem().problem, fewstep.get("dps")(steps=3)
+    x_t = torch.randn(1, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    t, s = sampler.interval(problem, 2)
+    x0, pullback = problem.denoise_vjp(x_t, t)
+    torch.testing.assert_close(
+        sampler.step(problem, State(x_t), 2, None).x, x0 + sampler.guidance(problem, x0, pullback, t, s)
+    )
+
+
+def test_diffpir_takes_the_roots_of_its_weights():
+    problem, sampler = scalar_problem(1.0, 1.0, 0.5).problem, fewstep.get("diffpir")(steps=3, lam=2.0, zeta=0.19)
+    x_t, z = torch.tensor([[0.7]]).double(), torch.tensor([[-0.4]]).double()
+    t, s = sampler.interval(problem, 1)
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = problem.schedule(t), problem.schedule(s)
+    precision = 2 * (alpha_t / sigma_t) ** 2  # of the prediction, against 1 / .25 of y
+    x0 = (precision * problem.denoise(x_t, t) + 4 * problem.likelihood.y) / (precision + 4)
+    want = alpha_s * x0 + sigma_s * (0.9 * (x_t - alpha_t * x0) / sigma_t + 0.19**0.5 * z)
+    torch.testing.assert_close(sampler.step(problem, State(x_t), 1, ScriptedNoise(z)).x, want)
+
+
 def test_red_diff_gradient_and_fixed_point():
     # averaged over noise, the gradient is lambda s^2 / (a^2 v + s^2) (mu - m) / D - A'(y - A mu) / M  for cov = v I
     v, m = 0.49, 0.3
@@ -415,6 +436,15 @@ def test_daps_as_published_takes_five_euler_steps_and_shrinks_its_inner_step():
         assert float((x0[1] - x0[0]) ** 2) == pytest.approx(2 * 1e-4 * (1 - 0.99 * k / 4))
 
 
+@pytest.mark.parametrize(("tau", "level"), [(0.2, 0.2), (0.0, 0.5)])
+def test_the_inner_chain_of_daps_climbs_as_if_y_had_the_noise_tau(tau, level):
+    problem, z = scalar_problem(1.0, 1.0, 0.5).problem, torch.full((1, 1), 0.4).double()
+    sampler = fewstep.get("daps")(steps=4, langevin_steps=1, ratio_max=1.0, tau=tau)
+    x0 = sampler.decode(problem, z, 0)
+    found = sampler.step(problem, State(z), 0, ScriptedNoise(torch.zeros(1, 0).double())).x
+    torch.testing.assert_close(found, x0 + 1e-4 * (problem.likelihood.y - x0) / level**2)
+
+
 def test_daps_langevin_chain_reaches_the_exact_inner_draw():
     exact = scalar_problem(1.0, 1.0, 0.5)
     fields = {"steps": 8, "ratio_max": 1.0, "ratio_min": 0.2, "tau": 0.0}
@@ -434,6 +464,119 @@ def test_dds_with_enough_iterations_is_the_prox():
         torch.eye(5).double() + 2 * matrix.T @ matrix, x[0] + 2 * matrix.T @ problem.likelihood.y[0]
     )
     assert torch.allclose(sampler.pull(problem, x)[0], want, atol=1e-9)
+
+
+def by_singular_values():
+    """Return singular values, sigma_y, their problem, and x0, A^+ y - x0, epsilon and z, (1, 5) each."""
+    q, sigma_y = torch.tensor([2.0, 1.0, 0.3, 0.05, 0.0]).double(), 0.3
+    y, x0, epsilon, z = torch.randn(4, 1, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return q, sigma_y, with_matrix(torch.diag(q), y, sigma_y), x0, torch.where(q > 0, y / q - x0, 0), epsilon, z
+
+
+def test_ddnm_acts_on_each_singular_value_as_its_docstring_says():
+    q, sigma_y, problem, x0, gap, epsilon, z = by_singular_values()
+    sampler, s = fewstep.get("ddnm")(steps=4, eta=0.6), problem.schedule.time(torch.tensor(0.35).double())
+    alpha, sigma = problem.schedule(s)
+    own = alpha * sigma_y / q
+    cleaner = sigma >= own
+    weight = torch.where(cleaner, 1, 0.8 * sigma / own)
+    torch.testing.assert_close(sampler.correction(problem, x0, s), weight * gap)
+    fresh = torch.where(cleaner, (sigma**2 - own**2).sqrt(), 0.6 * sigma)
+    found = sampler.renoise(problem, epsilon, s, ScriptedNoise(z))
+    torch.testing.assert_close(found, fresh * z + torch.where(q > 0, 0, 0.8 * sigma) * epsilon)
+    for ratio, met in ((0.31, [1, 1, 0, 0, 0]), (0.29, [1, 0, 0, 0, 0])):  # the last step, where y is the cleaner
+        t = problem.schedule.time(torch.tensor(ratio).double())
+        torch.testing.assert_close(sampler.projection(problem, x0, t), torch.tensor([met]) * gap)
+
+
+def test_ddrm_acts_on_each_singular_value_as_its_docstring_says():
+    q, sigma_y, problem, x0, gap, epsilon, z = by_singular_values()
+    sampler, ratio = fewstep.get("ddrm")(steps=4, eta=0.6, eta_b=0.5), torch.tensor(0.35).double()
+    cleaner = ratio >= sigma_y / q
+    weight = torch.where(cleaner, 0.5, 0.8 * ratio * q / sigma_y)
+    fresh = torch.where(cleaner, (ratio**2 - (0.5 * sigma_y / q) ** 2).sqrt(), 0.6 * ratio)
+    found = sampler.rules(problem, epsilon, q**2 * gap, ratio, z)
+    torch.testing.assert_close(found, weight * gap + fresh * z + torch.where(q > 0, 0, 0.8 * ratio) * epsilon)
+    alpha, sigma = problem.schedule(torch.ones(()).double())
+    fresh = ((sigma / alpha) ** 2 - torch.where(q > 0, sigma_y / q, 0) ** 2).sqrt()
+    start = sampler.init(problem, ScriptedNoise(z)).x / alpha
+    torch.testing.assert_close(start, torch.where(q > 0, gap + x0, 0) + fresh * z, rtol=1e-9, atol=0)
+
+
+def test_red_diff_follows_adam(monkeypatch):
+    problem, sampler = gaussian_problem().problem, fewstep.get("red_diff")(steps=5, lr=0.03)
+    gradients = torch.randn(5, 1, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    given = iter(gradients)
+    monkeypatch.setattr(type(sampler), "gradient", lambda *args: next(given))
+    state = sampler.init(problem, None)
+    x = torch.nn.Parameter(state.x.clone())
+    adam = torch.optim.Adam([x], lr=0.03, betas=(0.9, 0.99))
+    for k, x.grad in enumerate(gradients):
+        state = sampler.step(problem, state, k, None)
+        adam.step()
+    torch.testing.assert_close(state.x, x.data)
+
+
+def test_pigdm_predicts_the_posterior_mean_where_the_prior_has_its_spread():
+    made, t = gaussian_problem().problem, torch.tensor(0.3).double()
+    prior = fewstep.GaussianPrior(made.prior.mean, 0.25 * torch.eye(5).double(), made.schedule)
+    x_t = torch.randn(1, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found = fewstep.get("pigdm")(spread=0.5).predict_x0(Posterior(prior, made.likelihood), x_t, t, None)
+    want = prior.posterior(JointLikelihood(made.likelihood, x_t, *made.schedule(t))).mean
+    torch.testing.assert_close(found, want)
+
+
+def test_adaptive_guidance_of_pigdm_is_alpha_times_the_exact():
+    problem, t = gaussian_problem().problem, torch.tensor(0.6).double()
+    x_t = torch.randn(1, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    exact, adaptive = (
+        fewstep.get("pigdm")(adaptive=choice).predict_x0(problem, x_t, t, None) - problem.denoise(x_t, t)
+        for choice in (False, True)
+    )
+    torch.testing.assert_close(adaptive, problem.schedule(t)[0] * exact)
+
+
+def test_pnp_dm_couples_ever_more_closely():
+    seen = []
+
+    class Recording(FlatLikelihood):
+        def draw(self, z, rho, noise):
+            seen.append(float(rho))
+            return z
+
+    problem = Posterior(scalar_problem().problem.prior, Recording((1,), dtype=torch.float64))
+    sampler = fewstep.get("pnp_dm")(steps=4, rho_max=2.0, decay=0.5, rho_min=0.3, inner_steps=1)
+    for k in range(4):
+        sampler.step(problem, State(torch.zeros(1, 1).double()), k, fewstep.Noise([0], torch.float64))
+    assert seen == pytest.approx([2.0, 1.0, 0.5, 0.3])
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "power"),
+    [("latino", {"ladder": "ratios", "power": 3.0}, 3), *(("daps", {"ratio_max": r}, 7) for r in (5.0, math.inf))],
+)
+def test_ratios_fall_evenly_in_their_power(name, fields, power):
+    problem = gaussian_problem().problem
+    ratios = fewstep.get(name)(steps=6, ratio_min=0.2, **fields).ratios(problem)
+    first = min(fields.get("ratio_max", math.inf), float(problem.schedule.ratio(torch.ones(()).double())))
+    even = torch.linspace(first ** (1 / power), 0.2 ** (1 / power), 6, dtype=torch.float64)
+    torch.testing.assert_close(ratios, even**power)
+
+
+def test_cm4ir_takes_the_steps_of_its_docstring():
+    exact = scalar_problem(0.5, 0.6, 0.4)
+    like, z = exact.problem.likelihood, torch.tensor([[0.3, -1.0, 0.5]]).double()
+    fields = {"start": 0.3, "gamma": 0.5, "eta": 0.6, "delta": 0.2, "mu": 0.7, "zeta": 2.0}
+    found, used = run_scripted(fewstep.get("cm4ir")(steps=3, **fields), exact.problem, z)
+    y, gain, mean = float(like.y), float(like.physics.matrix), float(exact.problem.prior.mean)
+    ratios = [(1 / (0.3 * 1.5**k) - 1) ** 0.5 for k in range(3)]
+    x = y / gain + ratios[0] * float(z[0, 0])
+    for k, ratio in enumerate(ratios):
+        decoded = mean + 0.5 / (0.5 + (1.2 * ratio) ** 2) * (x - mean)
+        if k < 2:
+            x0 = decoded - 0.7 * gain / (gain**2 + 2 * 0.4**2) * (gain * decoded - y)
+            x = x0 + ratios[k + 1] * (0.8 * (x - decoded) / ratio + 0.6 * float(z[0, k + 1]))
+    assert float(found) == pytest.approx(decoded, rel=1e-9) and used == 3
 
 
 def test_cm4ir_back_projection_against_dense_algebra():
@@ -520,7 +663,11 @@ def test_stream_gives_what_the_call_gives_chunk_by_chunk():
     [
         (MMPS(steps=0), {}, "at least one step"),
         (MMPS(steps=2, grid="nonsense"), {}, "unknown grid"),
+        (MMPS(steps=2.0), {}, "MMPS needs at least one step, and whole ones, got 2.0"),
+        (MMPS(steps="2"), {}, "MMPS needs at least one step, and whole ones, got '2'"),
         (MMPS(steps=2), {"num_samples": 0}, "at least 1"),
+        *((MMPS(steps=2), {"num_samples": k}, f"num_samples must be a whole number .*got {k!r}") for k in ("2", 2.5)),
+        (MMPS(steps=2), {"chunk": "2"}, "chunk must be a whole number"),
         (MMPS(steps=2), {"chunk": 0}, "at least 1"),
         (MMPS(steps=2), {"seed": [1, 2]}, "2 seeds for 1"),
     ],

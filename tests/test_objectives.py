@@ -488,6 +488,31 @@ def test_a_start_that_remembers_is_trained_as_it_is_used():
     torch.testing.assert_close(previous[first], expected[first], rtol=0.01, atol=0.05)
 
 
+class Halved(Remembering):
+    """A network whose weights autocast casts."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, problem, x_t, t, noise, previous=None):
+        return self.layer(super().forward(problem, x_t, t, noise, previous).to(torch.float32)).to(x_t)
+
+
+def test_weights_in_half_precision_of_the_draw_without_gradients_are_forgotten(monkeypatch):
+    """Some versions of torch (2.4) would take them again, without a graph, for the draws that are trained."""
+    cleared, clear = [], torch.clear_autocast_cache
+    monkeypatch.setattr(torch, "clear_autocast_cache", lambda: cleared.append(len(network.seen)) or clear())
+    network, objective = Halved(), UD2M(Prior(), Weights(energy=0, noise=1), share=0.0)
+    likelihood = GaussianLikelihood(randn(6, 4), MatrixOperator(randn(4, 4)), 0.5)
+    with torch.autocast("cpu", torch.bfloat16):
+        batch = {"x0": randn(6, 4), "likelihood": likelihood}
+        loss, _ = objective.loss("model", Contest(network), batch, Noise(range(6)))
+    loss.backward()
+    assert 1 in cleared and len(network.seen) == 2
+    assert network.layer.weight.grad is not None and float(network.layer.weight.grad.abs().max()) > 0
+
+
 @pytest.mark.parametrize("player", ["critic", "fake"])
 def test_turns_leave_the_other_players_alone(lpips_network, player):
     _, contest, loss, _ = play(lpips_network, player, **EVERY)
@@ -507,12 +532,13 @@ def test_what_is_refused(lpips_network):
         ({"weights": Weights(), "embeddings": (measured,), "draws": 1}, "energy score needs"),
         ({"weights": Weights(energy=0, perceptual=1)}, "LPIPS network"),
         ({"weights": Weights(energy=0, noise=1), "share": 2.0}, "share lies"),
-        ({"weights": Weights(energy=0, noise=1), "fake_turns": 0}, "fake_turns is at least 1"),
+        ({"weights": Weights(energy=0, noise=1), "fake_turns": 0}, "fake_turns must be a whole number and at least 1"),
+        ({"weights": Weights(energy=0, noise=1), "draws": 2.5}, "draws must be a whole number"),
         ({"weights": Weights(energy=0)}, "every term is switched off"),
     ):
         with pytest.raises(ValueError, match=match):
             UD2M(Prior(), **wrong)
-    with pytest.raises(ValueError, match="must not be negative"):
+    with pytest.raises(ValueError, match="noise must be finite and not negative"):
         Weights(noise=-1.0)
     with pytest.raises(TypeError, match="trains a Contest"):
         UD2M(Prior(), Weights(energy=0, noise=1)).players(Draws())

@@ -251,6 +251,37 @@ def test_a_run_killed_between_checkpoints_goes_back_to_the_last_one(tmp_path):
     assert log(tmp_path / "part") == log(tmp_path / "whole")
 
 
+def test_a_log_that_was_edited_and_a_copy_of_a_checkpoint_do_no_harm(tmp_path):
+    trainer(tmp_path, steps=4).run()
+    shutil.copytree(tmp_path / "checkpoints/step_00000004", tmp_path / "checkpoints/step_00000004_best")
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write("\n[4]\n{}\nnote\n")
+    trainer(tmp_path, steps=12).run()
+    assert [step for step, _ in log(tmp_path)] == list(range(1, 13))
+    assert (tmp_path / "checkpoints/step_00000004_best").is_dir() and last_checkpoint(tmp_path).name == "step_00000012"
+
+
+def test_a_checkpoint_is_written_before_the_validation_of_its_step(tmp_path):
+    def validate(model):
+        raise RuntimeError("no figures")
+
+    with pytest.raises(RuntimeError, match="no figures"):
+        trainer(tmp_path, validate=validate, validate_every=4).run()
+    assert last_checkpoint(tmp_path).name == "step_00000004"
+
+
+def test_facts_that_older_checkpoints_do_not_have_are_compared_where_they_are(tmp_path):
+    older = trainer(tmp_path, steps=4)
+    older.run()
+    again = trainer(tmp_path, steps=8)
+    again.describe["data"] = "some"
+    again.run()
+    other = trainer(tmp_path, steps=12)
+    other.describe["data"] = "others"
+    with pytest.raises(ValueError, match="another data"):
+        other.run()
+
+
 def test_an_unfinished_checkpoint_is_never_read(tmp_path):
     trainer(tmp_path).run()
     folder = tmp_path / "checkpoints"
@@ -401,7 +432,8 @@ def test_validation_and_export_see_the_average(tmp_path):
 
 
 def test_wrong_options_are_refused():
-    for wrong in ({"precision": "fp16"}, {"steps": 0}, {"ema": 1.0}, {"lr": 0.0}):
+    own = ({"seed": None}, {"seed": -1}, {"betas": [0.9]}, {"betas": [0.9, 1.0]}, {"lr_final": "x"}, {"steps": 1.5})
+    for wrong in ({"precision": "fp16"}, {"steps": 0}, {"ema": 1.0}, {"lr": 0.0}, {"log_every": None}, *own):
         with pytest.raises(ValueError, match=r"must be|needed"):
             TrainingOptions(**wrong)
 
@@ -542,6 +574,11 @@ def test_train_prior_ends_with_a_prior_that_loads(tmp_path):
         ("{median: 0.3}", "[1]", "mapping"),
         ("{median: 0.3}", "{", "cannot be read as a recipe"),
         ("[1, 32]", "[1, 300]", r"0\.png has \d+ x \d+ pixels: too small for crops of 300"),
+        ("groups: 4", "groups: 0", "groups must be a whole number and at least 1"),
+        ("groups: 4", "groups: 4, size: 32", "learns from crops of that size alone"),
+        ("images: 1", "images: 0", "images must be a whole number and at least 1"),
+        ("sigmas: [25]", "sigmas: 25", "sigmas must be a list"),
+        ("sigmas: [25]", "sigmas: ['25']", "sigmas must be a list"),
         ("size: 32", "size: 300", r"2\.png has \d+ x \d+ pixels: too small for crops of 300"),
     ],
 )
@@ -549,6 +586,61 @@ def test_wrong_recipes_are_refused(tmp_path, old, new, match):
     (tmp_path / "r.yaml").write_text(TINY.replace(old, new))
     with pytest.raises(ValueError, match=match):
         recipes.train_prior(tmp_path / "r.yaml", photos(tmp_path / "photos"), tmp_path / "out")
+
+
+def test_other_photographs_are_another_run(tmp_path):
+    (tmp_path / "r.yaml").write_text(TINY)
+    data = photos(tmp_path / "photos")
+    recipes.train_prior(tmp_path / "r.yaml", data, tmp_path / "out", steps=1)
+    photos(tmp_path / "more", count=5)
+    with pytest.raises(ValueError, match="another data"):
+        recipes.train_prior(tmp_path / "r.yaml", tmp_path / "more", tmp_path / "out", steps=2)
+    data.rename(tmp_path / "moved")
+    recipes.train_prior(tmp_path / "r.yaml", tmp_path / "moved", tmp_path / "out", steps=2)
+
+
+def digits(folder, size=28, labels=10):
+    """Write images with labels; return the file."""
+    rng = np.random.default_rng(0)
+    data = folder / f"{size}_{labels}.npz"
+    np.savez(data, images=rng.integers(0, 256, (20, size, size), np.uint8), labels=np.arange(20) % labels)
+    return data
+
+
+DIGITS = """
+kind: labelled
+holdout: 4
+batch: 2
+hidden: 0.15
+network: {channels: 1, size: 28, classes: 10, widths: [8, 8], layers: 1, groups: 4}
+objective: {}
+training: {steps: 1, warmup: 1, precision: "no"}
+validation: {images: 2, size: 28, sigmas: [64]}
+"""
+CLASSES = """
+kind: classifier
+holdout: 4
+batch: 2
+network: {classes: 10, size: 28, width: 4, features: 8}
+objective: {}
+training: {steps: 1, warmup: 1, precision: "no"}
+"""
+
+
+@pytest.mark.parametrize("text", [DIGITS, CLASSES])
+def test_labelled_images_must_fit_the_network(tmp_path, text):
+    (tmp_path / "r.yaml").write_text(text)
+    recipe = recipes.read_recipe(tmp_path / "r.yaml")
+    assert recipe.trainer(digits(tmp_path), tmp_path / "out").data.size == 2
+    with pytest.raises(ValueError, match=r"images of \(1, 32, 32\), the network takes \(1, 28, 28\)"):
+        recipe.trainer(digits(tmp_path, size=32), tmp_path / "out")
+    with pytest.raises(ValueError, match="other labels than 0 to 9"):
+        recipe.trainer(digits(tmp_path, labels=12), tmp_path / "out")
+    for old, new in (("hidden: 0.15", "hidden: 2"), ("batch: 2", "batch: 1.5"), ("hidden: 0.15", "hidden: a")):
+        (tmp_path / "r.yaml").write_text(text.replace(old, new))
+        if old in text:
+            with pytest.raises(ValueError, match=r"hidden must lie in|batch must be"):
+                recipes.read_recipe(tmp_path / "r.yaml")
 
 
 def test_numbers_of_a_recipe_may_be_written_as_elsewhere(tmp_path):

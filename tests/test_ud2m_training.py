@@ -169,6 +169,37 @@ def test_a_resumed_run_gives_the_same_losses(tmp_path, no_files):
         recipes.train(recipe, data, tmp_path / "part", steps=3)
 
 
+def test_a_run_is_resumed_with_its_prior_and_its_photographs(tmp_path, no_files):
+    recipe, data = prepare(tmp_path)
+    recipes.train(recipe, data, tmp_path / "out", steps=1)
+    prior = UNetDenoiser.load(tmp_path / "prior")
+    with torch.no_grad():
+        prior.net.conv_out.bias.add_(1.0)
+    (tmp_path / "prior").rename(tmp_path / "before")
+    prior.save(tmp_path / "prior")
+    with pytest.raises(ValueError, match="another prior_sha256"):
+        recipes.train(recipe, data, tmp_path / "out", steps=2)
+    (data / "0.png").write_bytes((data / "1.png").read_bytes())
+    with pytest.raises(ValueError, match="another data, prior_sha256"):
+        recipes.train(recipe, data, tmp_path / "out", steps=2)
+
+
+def test_the_header_says_how_many_steps_were_done(tmp_path, no_files):
+    recipe, data = prepare(tmp_path)
+    run = recipes.read_recipe(recipe).trainer(data, tmp_path / "out", 50)
+    run._start(resume=True)
+    run._train_step()
+    run.save()
+    header = json.loads((tmp_path / "out/sampler/config.json").read_text())
+    assert header["steps"] == 1 and header["command"].endswith("--steps 50")
+    assert "* **Steps**: 1 were done" in (tmp_path / "out/sampler/README.md").read_text()
+
+
+def test_corners_hold_every_choice_and_both_ends():
+    family = Family("inpaint-box", fields={"size": [3, 4, 5]}, sigma={"low": 0.1, "high": 0.2})
+    assert [(op.size, sigma) for op, sigma in family.corners()] == [(3, 0.1), (4, 0.2), (5, 0.1)]
+
+
 def test_checkpointing_changes_no_number(tmp_path, no_files):
     runs = []
     for on in (False, True):
@@ -384,6 +415,27 @@ def test_times_of_the_objective_are_times(times):
         ({"weights": {"matching": 1}, "fake": {"rnk": 4}}, "did you mean 'rank'"),
         ({"network": {"levels": {"iteration": 2}}}, "did you mean 'iterations'"),
         ({"holdout": 3}, "there are 3 images"),
+        ({"families": []}, "families must name an operator"),
+        ({"families": [{"word": "sr", "fields": ["factor"]}]}, "fields of sr must be a mapping"),
+        ({"families": [{"word": "sr", "fields": {"factor": {"low": "2", "high": 4}}}]}, "lies between numbers"),
+        ({"families": [{"word": "sr", "fields": {"factor": "x"}}]}, "sr on crops of 32 pixels"),
+        ({"families": [{"word": "denoise", "sigma": None}]}, "sigma of denoise must be finite"),
+        (
+            {"families": [{"word": "denoise"}, {"word": "sr", "fields": {"factor": [2, 5]}}]},
+            "sr on crops of 32 pixels: sr by 5",
+        ),
+        ({"families": [{"word": "inpaint-box", "fields": {"size": {"low": 2, "high": 40}}}]}, "square of 40 pixels"),
+        ({"validation": {"images": 0}}, "images must be a whole number"),
+        ({"validation": {"steps": 0}}, "steps must be a whole number"),
+        ({"validation": {"samples": "2"}}, "samples must be a whole number"),
+        ({"patches": {"scales": []}}, "scales must be a list"),
+        ({"patches": {"scales": 2}}, "scales must be a list"),
+        ({"patches": {"scales": [1.5]}}, "a scale must be a whole number"),
+        ({"patches": {"stride": 0}}, "stride must be a whole number"),
+        ({"critic": {"stages": 6}}, "crops of 32 pixels cannot be halved 6 times"),
+        ({"objective": {"fake_turns": 1.5}}, "fake_turns must be a whole number"),
+        ({"network": {"levels": {"iterations": 1.5}}}, "iterations must be a whole number"),
+        ({"decoder": "full", "init": 3}, "no trained sampler '3'"),
         ({"kind": "ud3m"}, "unknown kind"),
         ({"kind": [1]}, "unknown kind"),
     ],

@@ -155,7 +155,9 @@ def test_damage_is_reported_in_one_line(model, tmp_path):
     fails("unknown schedule")
 
 
-@pytest.mark.parametrize("wrong", [{"widths": (10,)}, {"widths": ()}, {"layers": 0}, {"sigma_data": 0.0}])
+@pytest.mark.parametrize(
+    "wrong", [{"widths": (10,)}, {"widths": ()}, {"widths": (8.0,)}, {"layers": 0}, {"groups": 0}, {"sigma_data": 0.0}]
+)
 def test_impossible_configurations_are_refused(wrong):
-    with pytest.raises(ValueError, match="must be positive"):
+    with pytest.raises(ValueError, match=r"must be (positive|a whole number)"):
         UNetConfig(**{"groups": 4, **wrong})

@@ -1,6 +1,7 @@
 """The unfolded network: its untrained law, its gradients, its training against exact posteriors, and what it refuses."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -78,6 +79,21 @@ def test_levels_are_positive_and_start_from_their_base():
     for wrong in ({"base": "no"}, {"iterations": 0}, {"decay": 0.0}):
         with pytest.raises(ValueError, match=r"unknown|at least|positive"):
             LevelConfig(**wrong)
+
+
+def test_trained_levels_are_told_a_third_of_the_logarithms():
+    seen, levels = [], Levels(LevelConfig())
+    levels.net.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    levels(torch.tensor([8.0]), torch.tensor([0.125]))
+    torch.testing.assert_close(seen[0], math.log(2) * torch.tensor([[1.0, -1.0]]))
+
+
+def test_the_blend_has_the_weights_of_the_paper():
+    likelihood = GaussianLikelihood(torch.ones(2, 3), MatrixOperator(torch.eye(3)), 0.4)
+    x_t, alpha, sigma = torch.full((2, 3), 0.5), torch.tensor([0.8, 0.6]), torch.tensor([0.6, 0.8])
+    want = (sigma + alpha * 0.4 * 0.5) / (0.16 + sigma**2).sqrt()  # A^+ y = 1
+    found = STARTS["blend"].begin(Given(likelihood, x_t, alpha, sigma, None))
+    torch.testing.assert_close(found, want[:, None].expand(2, 3))
 
 
 def gaussian_batch(count=6, dim=4):
@@ -323,3 +339,9 @@ def test_fields_that_a_trained_network_would_ignore_are_refused():
     assert UD2M.preset("photo", steps=2, eta=0.5).nfe == 6
     with pytest.raises(ValueError, match="'natural-general' has its own base, pairing"):
         UD2M.preset("photo", base="annealed", pairing=2.0)
+
+
+@pytest.mark.parametrize(("wrong", "match"), [({"eta": "x"}, "eta must lie in"), ({"iterations": 2.5}, "whole number")])
+def test_settings_that_are_no_numbers_are_refused(wrong, match):
+    with pytest.raises(ValueError, match=match):
+        assert UD2M(**wrong).nfe

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,9 +18,12 @@ from safetensors.torch import save as dump_tensors
 from torch import Tensor, nn
 
 from fewstep import __version__
+from fewstep.core.files import write_bytes
 
 KEEP = 2  # checkpoints that stay
+LATER = {"data", "prior_sha256"}  # facts that checkpoints of the first version do not have
 _FORMAT = "fewstep-checkpoint"
+_NAME = re.compile(r"step_\d+")  # users keep copies under other names
 
 
 def write_checkpoint(
@@ -57,6 +62,13 @@ def last_step(out: Path) -> int:
     return 0 if folder is None else int(folder.name.removeprefix("step_"))
 
 
+def shorten_log(log: Path, step: int) -> None:
+    """Keep of a log, JSON lines, what was written up to `step`; a line that names no step goes."""
+    if log.is_file():
+        whole = [s for s in log.read_text(encoding="utf-8").splitlines(keepends=True) if s.endswith("\n")]
+        write_bytes(log, "".join(s for s in whole if _logged(s) <= step).encode())
+
+
 def read_checkpoint(
     folder: Path, model: nn.Module, ema: nn.Module, describe: Mapping[str, Any]
 ) -> tuple[int, dict[str, Any]]:
@@ -83,14 +95,23 @@ def read_checkpoint(
 
 
 def _folders(root: Path) -> list[Path]:
-    return sorted(p for p in root.glob("step_*") if (p / "state.json").is_file())
+    return sorted(p for p in root.glob("step_*") if _NAME.fullmatch(p.name) and (p / "state.json").is_file())
 
 
 def _compare(folder: Path, recorded: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Raise where the run of the checkpoint and the run that resumes differ."""
-    differ = [k for k in sorted({*recorded, *wanted}) if recorded.get(k) != wanted.get(k)]
+    names = {*recorded, *wanted} - (LATER - set(recorded))
+    differ = [k for k in sorted(names) if recorded.get(k) != wanted.get(k)]
     if differ:
         raise ValueError(f"{folder} belongs to a run with another {', '.join(differ)}; choose another output folder")
+
+
+def _logged(line: str) -> float:
+    """Return the step of a line of the log; infinity where it names none."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def _tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ deepinv itself is not imported: it asks for no more than an `nn.Module` of that 
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,13 @@ class DeepinvModel(nn.Module):
         self.samples, self.seed, self.chunk = samples, seed, chunk
         values = (getattr(sampler, f.name) for f in fields(sampler))  # type: ignore[arg-type]
         self.networks = nn.ModuleList(value for value in values if isinstance(value, nn.Module))
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of the sampler's networks; the prior, which is not trained, is left in evaluation mode."""
+        self.training = mode
+        for part in self.children():
+            part.train(mode and part is not self.prior)
+        return self
 
     def forward(self, y: Tensor, physics: Any, **_: Any) -> Tensor:
         """Return the mean of K samples, (B, C, H, W) in [0, 1].

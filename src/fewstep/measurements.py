@@ -8,6 +8,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,8 @@ class Family:
     sigma: Any = field(default_factory=lambda: {"low": 0.005, "high": 0.1, "log": True})
 
     def __post_init__(self) -> None:
+        if not isinstance(self.fields, Mapping):
+            raise ValueError(f"fields of {self.word} must be a mapping of names to values, got {self.fields!r}")
         known = [f.name for f in dataclasses.fields(get_operator(self.word))]  # type: ignore[arg-type]
         for name in self.fields:
             if name not in known:
@@ -50,11 +53,22 @@ class Family:
             raise ValueError(f"the weight of {self.word} must not be negative")
         for entry in [*self.fields.values(), self.sigma]:
             check_entry(entry, self.word)
+        if not all(isinstance(s, Real) and 0 <= float(s) < math.inf for s in ends(self.sigma)):
+            raise ValueError(f"sigma of {self.word} must be finite and not negative, got {self.sigma!r}")
 
     def draw(self, rng: np.random.Generator) -> tuple[Any, float]:
         """Return an operator and a noise level."""
         values = {name: pick(entry, rng) for name, entry in self.fields.items()}
         return get_operator(self.word)(**values), float(pick(self.sigma, rng))
+
+    def corners(self) -> list[tuple[Operator, float]]:
+        """Return operators and noise levels among which every choice and both ends of every range occur."""
+        given, sigmas = {name: ends(entry) for name, entry in self.fields.items()}, ends(self.sigma)
+        count = max(len(values) for values in (*given.values(), sigmas))
+        return [
+            (get_operator(self.word)(**{n: v[k % len(v)] for n, v in given.items()}), float(sigmas[k % len(sigmas)]))
+            for k in range(count)
+        ]
 
     def kinds(self, apart: Mapping[str, Sequence[float]]) -> list[tuple[dict[str, Any], Family]]:
         """Return what tells parts of the family apart, and each part.
@@ -93,6 +107,13 @@ def parts_of(entry: Any, cuts: Sequence[float]) -> list[Any]:
     return [{**entry, "low": low, "high": high} for low, high in itertools.pairwise(ends)] if len(ends) > 2 else []
 
 
+def ends(entry: Any) -> list[Any]:
+    """Return the choices of a recipe's entry, or the two ends of a range."""
+    if isinstance(entry, Mapping):
+        return [entry["low"], entry["high"]]
+    return entry if isinstance(entry, list) else [entry]
+
+
 def holds(entry: Any, value: Any) -> bool:
     """Return whether `pick` can give a value."""
     if isinstance(entry, list):
@@ -113,6 +134,8 @@ def check_entry(entry: Any, word: str) -> None:
         return
     if not {"low", "high"} <= set(entry) <= {"low", "high", "log"}:
         raise ValueError(f"a range of {word} has the keys low, high and perhaps log, not {', '.join(map(str, entry))}")
+    if not all(isinstance(entry[name], Real) for name in ("low", "high")):
+        raise ValueError(f"a range of {word} lies between numbers, not {dict(entry)}")
     if entry["low"] > entry["high"] or (entry.get("log", False) and entry["low"] <= 0):
         raise ValueError(f"a range of {word} must rise, and be positive where it is logarithmic: {dict(entry)}")
 
@@ -167,6 +190,22 @@ class SimulatedMeasurements:
         shares = weights / weights.sum() if weights.any() else None  # those of weight 0, alone, are equal
         family = self.families[int(rng.choice(len(weights), p=shares))]
         operator, sigma = family.draw(rng)
-        y = operator.simulate(to_unit(x), sigma, int(rng.integers(2**31)))
-        where = {} if isinstance(y, torch.Tensor) else {"device": x.device}  # a file lies nowhere, a tensor beside x
-        return operator, operator.likelihood(y, tuple(x.shape[1:]), sigma or None, **where)
+        return operator, likelihood_of(operator, sigma, x, int(rng.integers(2**31)))
+
+    def check(self) -> None:
+        """Raise ValueError where an operator that may be drawn does not fit the crops: training would end there."""
+        drawn = [family for family in self.families if family.weight] or self.families
+        for family, size in itertools.product(drawn, sorted({shape.size for shape in self.crops.cycle})):
+            x = torch.zeros(1, len(self.crops.images[0]), size, size, device=self.device)
+            try:
+                for operator, sigma in family.corners():
+                    likelihood_of(operator, sigma, x, 0)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise ValueError(f"families: {family.word} on crops of {size} pixels: {error}") from None
+
+
+def likelihood_of(operator: Operator, sigma: float, x: torch.Tensor, seed: int) -> Any:
+    """Return the likelihood of what is measured of x, (1, C, H, W) in [-1, 1]."""
+    y = operator.simulate(to_unit(x), sigma, seed)
+    where = {} if isinstance(y, torch.Tensor) else {"device": x.device}  # a file lies nowhere, a tensor beside x
+    return operator.likelihood(y, (x.shape[1], x.shape[2], x.shape[3]), sigma or None, **where)

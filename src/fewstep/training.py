@@ -20,8 +20,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from fewstep.checkpoints import last_checkpoint, last_step, read_checkpoint, write_checkpoint
-from fewstep.core.files import write_bytes
+from fewstep.checkpoints import last_checkpoint, last_step, read_checkpoint, shorten_log, write_checkpoint
+from fewstep.core.checks import check_counts, check_not_negative, check_positive
 from fewstep.core.noise import Noise, mix
 from fewstep.core.objective import Objective
 from fewstep.core.signals import stop_signals
@@ -88,11 +88,12 @@ class TrainingOptions:
         object.__setattr__(self, "betas", tuple(self.betas))
         if self.precision not in ("no", "bf16"):
             raise ValueError(f"precision must be 'no' or 'bf16', not {self.precision!r}")
-        for name in ("steps", "accumulate", "log_every", "validate_every", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1")
-        if not 0 <= self.ema < 1 or self.lr <= 0 or self.clip <= 0 or self.warmup < 0:
-            raise ValueError("0 <= ema < 1, lr > 0, clip > 0 and warmup >= 0 are needed")
+        check_counts(self, "steps", "accumulate", "log_every", "validate_every", "checkpoint_every")
+        check_counts(self, "warmup", "seed", least=0)
+        check_positive(self, "lr", "clip")
+        check_not_negative(self, "lr_final", "weight_decay")
+        if not 0 <= self.ema < 1 or len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
+            raise ValueError("0 <= ema < 1 and two betas in [0, 1) are needed")
 
     def rate(self, step: int) -> float:
         """Return the learning rate of step `step`, counted from 0."""
@@ -172,10 +173,10 @@ class Trainer:
                 if self._due(self.options.log_every):
                     self._log({**_means(window), "lr": self.options.rate(self.step - 1)})
                     window.clear()
+                if self._due(self.options.checkpoint_every):
+                    self.save()  # before anything that can fail and is not needed to go on
                 if self._due(self.options.validate_every):
                     self._validate()
-                if self._due(self.options.checkpoint_every):
-                    self.save()
         self.save()
         self.accelerator.wait_for_everyone()  # a launcher stops the main process as soon as another leaves with an error
         self._close()
@@ -290,10 +291,8 @@ class Trainer:
             if not resume:
                 raise ValueError(f"{folder} is there already: resume from it, or choose another output folder")
             self._load(folder)
-        log = self.out / "log.jsonl"
-        if self.accelerator.is_main_process and log.is_file():
-            whole = [s for s in log.read_text(encoding="utf-8").splitlines(keepends=True) if s.endswith("\n")]
-            write_bytes(log, "".join(s for s in whole if json.loads(s)["step"] <= self.step).encode())
+        if self.accelerator.is_main_process:
+            shorten_log(self.out / "log.jsonl", self.step)
 
     def _load(self, folder: Path) -> None:
         """Take over a checkpoint; options are those of this run."""

@@ -64,7 +64,7 @@ def _torchvision() -> str | None:
     if prepare_torchvision():
         return (
             "torchvision's operators were not built for this torch; worked around here, install the matching pair to mend it, "
-            "or call fewstep.compat.prepare_torchvision() before you import deepinv yourself"
+            "or call prepare_torchvision() of fewstep.compat before you import deepinv yourself"
         )
     return None
 

@@ -50,8 +50,14 @@ def _line(result: Result) -> str:
 def _notes(record: Mapping[str, Any]) -> list[str]:
     """Return what is told of a run beside its figures: what was done by what, and what the intervals are worth."""
     done = f"{record['method']['name']} on {record['operator']['description']}"
-    worth = [f"intervals: {record['intervals']}"] if record.get("outside_card") else []
+    worth = [f"intervals: {record['intervals']}"] if _doubtful(record) else []
     return [done, *record["notes"], *worth]
+
+
+def _doubtful(record: Mapping[str, Any]) -> bool:
+    """Return whether a trained sampler gave intervals that are not calibrated, or met an operator that nothing is promised for."""
+    uncalibrated = not record.get("calibrated", True) and record["num_samples"] > 1
+    return uncalibrated or bool(record.get("outside_card"))
 
 
 @contextmanager

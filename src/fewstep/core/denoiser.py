@@ -53,7 +53,7 @@ class Denoiser(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, x_t: Tensor, t: Tensor, **cond: Any) -> Tensor:
-        """Return E[x_0 | x_t], (N, *event) -> (N, *event); `t` is () or (N,)."""
+        """Return E[x_0 | x_t], (N, *event) -> (N, *event), in the dtype of x_t; `t` is () or (N,), of that dtype or float64."""
 
     def around(self, other: Denoiser) -> Denoiser:
         """Return `other` called in the way this prior calls its own network, which is directly unless said otherwise."""

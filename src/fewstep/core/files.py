@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,11 @@ def packed(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> b
 def fingerprint(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> str:
     """Return the SHA-256 that `write_weights` notes of these tensors."""
     return hashlib.sha256(packed(tensors, dtype)).hexdigest()
+
+
+def files_hash(paths: Iterable[Path]) -> str:
+    """Return one SHA-256 of what files hold, in their order; their names do not matter."""
+    return hashlib.sha256(b"".join(hashlib.sha256(path.read_bytes()).digest() for path in paths)).hexdigest()
 
 
 def read_header(folder: str | Path) -> dict[str, Any]:

@@ -49,6 +49,7 @@ class Likelihood(ABC):
 
     def score(self, x: Tensor) -> Tensor:
         """Return grad_x log p(y | x), (N, *event) -> (N, *event)."""
+        check_gradients()
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
             return torch.autograd.grad(self.log_prob(leaf).sum(), leaf)[0]
@@ -90,7 +91,8 @@ class GaussianLikelihood(Likelihood):
         max_iter: the most iterations of it.
 
     Raises:
-        ValueError: y of whole numbers or not finite, non-positive sigma, or a y that does not fit the operator.
+        TypeError: y is no tensor, sigma no number, or physics no operator.
+        ValueError: y of whole numbers, empty or not finite, non-positive sigma, or a y that does not fit the operator.
     """
 
     def __init__(
@@ -223,9 +225,23 @@ class GaussianLikelihood(Likelihood):
         return z + self.solve(correction, rho)
 
 
+def check_gradients() -> None:
+    """Raise RuntimeError where torch records no graph whatever it is asked."""
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("gradients are needed here, which torch.inference_mode() rules out: use torch.no_grad()")
+
+
 def noise_levels(sigma: Tensor | float, y: Tensor) -> Tensor:
-    """Return one noise level per measurement, (B,), from a number or (B,); ValueError unless positive and finite."""
-    levels = torch.as_tensor(sigma, dtype=y.real.dtype, device=y.device)
+    """Return one noise level per measurement, (B,), from a number or (B,).
+
+    Raises:
+        TypeError: it is no number.
+        ValueError: it is not positive and finite, or of another shape.
+    """
+    try:
+        levels = torch.as_tensor(sigma, dtype=y.real.dtype, device=y.device)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"sigma must be a number or one per measurement, got {sigma!r}") from None
     if levels.shape not in ((), (1,), (y.shape[0],)):
         raise ValueError(f"sigma must be a number or one per measurement ({y.shape[0]}), got {tuple(levels.shape)}")
     if not bool((levels > 0).all()) or not bool(torch.isfinite(levels).all()):

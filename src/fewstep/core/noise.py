@@ -69,10 +69,14 @@ class Noise:
         """Return standard normals, (N, *shape)."""
         size = math.prod(shape)
         if size * 4 > self._ahead:
-            out = torch.stack([torch.randn(shape, generator=g, dtype=self.dtype) for g in self._generators])
+            out = torch.stack(
+                [torch.randn(shape, generator=g, dtype=self.dtype, device=g.device) for g in self._generators]
+            )
             return out.to(self.device)
         if self._block.shape[1] < size:
-            self._block = torch.stack([torch.randn(_BLOCK, generator=g, dtype=self.dtype) for g in self._generators])
+            self._block = torch.stack(
+                [torch.randn(_BLOCK, generator=g, dtype=self.dtype, device=g.device) for g in self._generators]
+            )
         out, self._block = self._block[:, :size], self._block[:, size:]
         return out.reshape(-1, *shape).to(self.device)
 
@@ -86,7 +90,9 @@ class Noise:
 
     def rand(self, *shape: int) -> Tensor:
         """Return uniforms in [0, 1), (N, *shape)."""
-        return torch.stack([torch.rand(shape, generator=g, dtype=self.dtype) for g in self._generators]).to(self.device)
+        return torch.stack(
+            [torch.rand(shape, generator=g, dtype=self.dtype, device=g.device) for g in self._generators]
+        ).to(self.device)
 
 
 def mix(*words: int) -> int:

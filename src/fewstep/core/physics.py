@@ -13,7 +13,11 @@ from fewstep.core.linalg import item_inner
 
 
 def check_measurement(y: Tensor) -> None:
-    """Raise ValueError unless a measurement is of finite real or complex numbers."""
+    """Raise ValueError unless a measurement is of finite real or complex numbers, TypeError where it is no tensor."""
+    if not isinstance(y, Tensor):
+        raise TypeError(f"the measurement must be a tensor, (B, *measurement), got {type(y).__name__}")
+    if not y.ndim or not len(y):
+        raise ValueError(f"the measurement must be (B, *measurement) with B from 1, got shape {tuple(y.shape)}")
     if not (y.is_floating_point() or y.is_complex()):
         raise ValueError(
             f"the measurement must be of a floating or complex type, got {y.dtype}: convert it, y.float() say"
@@ -23,8 +27,15 @@ def check_measurement(y: Tensor) -> None:
 
 
 def fitting_adjoint(physics: Any, y: Tensor) -> Tensor:
-    """Return A' y, (B, *event); ValueError where y is no output of the operator or the adjoint is wrong on y."""
+    """Return A' y, (B, *event).
+
+    Raises:
+        TypeError: the operator has no `A` or no `A_adjoint`.
+        ValueError: y is no output of the operator, which has a constant part or an adjoint that is wrong on y.
+    """
     name = type(physics).__name__
+    if missing := [part for part in ("A", "A_adjoint") if not callable(getattr(physics, part, None))]:
+        raise TypeError(f"the operator must have A and A_adjoint, got {name} without {' and '.join(missing)}")
     try:
         back = physics.A_adjoint(y)
         again = physics.A(back)
@@ -37,8 +48,16 @@ def fitting_adjoint(physics: Any, y: Tensor) -> Tensor:
         raise ValueError(f"the operator {name} gives NaN or infinite values")
     size, other = item_inner(back, back), item_inner(again, y)  # <A'y, A'y> = <A A'y, y>
     if bool(((size - other).abs() > torch.finfo(size.dtype).eps ** 0.5 * size).any()):
+        check_constant(physics, back)  # a constant part upsets the identity too
         raise ValueError(f"A_adjoint of {name} is not the adjoint of its A: <A'y, A'y> and <AA'y, y> differ")
     return back
+
+
+def check_constant(physics: Any, x: Tensor) -> None:
+    """Raise ValueError where an operator on items like `x`, (B, *event), has a constant part."""
+    offset = physics.A(torch.zeros_like(x))
+    if bool(offset.abs().max() > 0):
+        raise ValueError(f"{type(physics).__name__} is not linear: A(0) reaches {float(offset.abs().max()):.3g}")
 
 
 def repeat_physics(physics: Any, y: Tensor, k: int) -> Any:

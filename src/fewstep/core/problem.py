@@ -7,11 +7,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
 
 from fewstep.core.batch import like
 from fewstep.core.denoiser import Denoiser
-from fewstep.core.likelihood import Counts, GaussianLikelihood, Likelihood
+from fewstep.core.likelihood import Counts, GaussianLikelihood, Likelihood, check_gradients
 from fewstep.core.schedule import Schedule
 
 Pullback = Callable[[Tensor], Tensor]
@@ -29,6 +31,7 @@ class Posterior:
 
     Raises:
         TypeError: one of them is of another kind.
+        ValueError: a part of the prior is in training mode and would not act on each item alone.
     """
 
     prior: Denoiser
@@ -38,6 +41,7 @@ class Posterior:
 
     def __post_init__(self) -> None:
         check_prior(self.prior)
+        check_mode(self.prior)
         if not hasattr(self.likelihood, "provides"):
             raise TypeError(
                 f"the likelihood must be a Likelihood, got {type(self.likelihood).__name__} without `provides`; "
@@ -94,7 +98,12 @@ class Posterior:
             return self.prior(x_t, t, **self.cond)
 
     def denoise_vjp(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Pullback]:
-        """Return D(x_t, t) and the function v -> (dD/dx_t)' v, (N, *event) each; it may be called repeatedly."""
+        """Return D(x_t, t) and the function v -> (dD/dx_t)' v, (N, *event) each; it may be called repeatedly.
+
+        Raises:
+            RuntimeError: torch is in inference mode.
+        """
+        check_gradients()
         self.counts.network += 1
         with torch.enable_grad():
             leaf = x_t.detach().requires_grad_()
@@ -119,3 +128,15 @@ def check_prior(prior: Any) -> None:
             f"the prior must be a Denoiser, got {type(prior).__name__} without `schedule`; "
             "fewstep.load_prior makes one of a name, a folder or a network"
         )
+
+
+def check_mode(prior: Any) -> None:
+    """Raise ValueError where a part of `prior` is in training mode and draws from torch's generator or mixes the batch."""
+    for part in prior.modules() if isinstance(prior, nn.Module) else ():
+        drops = isinstance(part, _DropoutNd) and part.p > 0
+        tracks = isinstance(part, _NormBase) and part.track_running_stats
+        if part.training and (drops or tracks):
+            raise ValueError(
+                f"{type(part).__name__} of the prior is in training mode, in which a sample does not depend on its "
+                "measurement and seed alone: call prior.eval() first"
+            )

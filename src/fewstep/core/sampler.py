@@ -10,12 +10,13 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from numbers import Integral
 from typing import Any, ClassVar, NamedTuple, final
 
 import torch
 from torch import Tensor
 
-from fewstep.core.checks import check_shares
+from fewstep.core.checks import check_count, check_shares
 from fewstep.core.grid import times_of
 from fewstep.core.kernel import bridge, combine, epsilon_of
 from fewstep.core.noise import Noise, seeds_of
@@ -114,8 +115,8 @@ class Sampler(Presets, ABC):
     ) -> Iterator[Samples]:
         """Draw as `__call__` does, giving each chunk as soon as it is done."""
         self.check(problem, num_samples)
-        if chunk is not None and chunk < 1:
-            raise ValueError(f"chunk must be at least 1, got {chunk}")
+        if chunk is not None:
+            check_count("chunk", chunk)
         batch = problem.likelihood.batch
         seeds = seeds_of(seed, batch)
         size = num_samples if chunk is None else max(1, min(num_samples, chunk // batch))
@@ -163,10 +164,9 @@ class Sampler(Presets, ABC):
         Raises:
             ValueError: bad arguments, or a likelihood without what the method needs; methods that fit are named.
         """
-        if num_samples < 1:
-            raise ValueError(f"num_samples must be at least 1, got {num_samples}")
-        if self.steps < 1:
-            raise ValueError(f"{type(self).__name__} needs at least one step, got {self.steps}")
+        check_count("num_samples", num_samples)
+        if not isinstance(self.steps, Integral) or self.steps < 1:
+            raise ValueError(f"{type(self).__name__} needs at least one step, and whole ones, got {self.steps!r}")
         if reason := self.refusal(problem) or problem.misfit:
             raise ValueError(reason)
         missing = self.needs - problem.likelihood.provides

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fewstep.core.batch import item_dot
+from fewstep.core.checks import check_counts
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,7 @@ class CriticConfig:
     stages: int = 4
 
     def __post_init__(self) -> None:
-        if min(self.channels, self.width, self.stages) < 1:
-            raise ValueError("channels, width and stages must be at least 1")
+        check_counts(self, "channels", "width", "stages")
 
 
 class Critic(nn.Module):

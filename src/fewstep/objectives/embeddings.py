@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fewstep.core.batch import like
+from fewstep.core.checks import check_count, check_counts, check_positive
 from fewstep.core.likelihood import GaussianLikelihood, Likelihood
 from fewstep.core.together import Together
 from fewstep.objectives.perceptual import drawn_features
@@ -67,6 +68,13 @@ class Patches:
     stride: int = 4
     scales: tuple[int, ...] = (1, 2, 4)
 
+    def __post_init__(self) -> None:
+        check_counts(self, "size", "stride")
+        if not isinstance(self.scales, list | tuple) or not self.scales:
+            raise ValueError(f"scales must be a list of whole numbers, got {self.scales!r}")
+        for scale in self.scales:
+            check_count("a scale", scale)
+
     def __call__(self, x: Tensor, likelihood: Likelihood) -> list[Tensor]:
         """See `Embedding`; x is (N, C, H, W)."""
         parts = [F.unfold(F.avg_pool2d(x, s) if s > 1 else x, self.size, stride=self.stride) for s in self.scales]
@@ -90,8 +98,7 @@ class MeasuredPatches:
     def __post_init__(self) -> None:
         if isinstance(self.patches, Mapping):
             object.__setattr__(self, "patches", Patches(**self.patches))
-        if self.limit <= 0:
-            raise ValueError(f"limit must be positive, got {self.limit}")
+        check_positive(self, "limit")
 
     def __call__(self, x: Tensor, likelihood: Likelihood) -> list[Tensor]:
         """See `Embedding`; x is (N, C, H, W)."""

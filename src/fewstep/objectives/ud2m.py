@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.core.batch import item_dot, like
+from fewstep.core.checks import check_counts, check_not_negative
 from fewstep.core.denoiser import Denoiser
 from fewstep.core.likelihood import Likelihood
 from fewstep.core.noise import Noise
@@ -69,8 +70,7 @@ class Weights:
     matching: float = 0.0
 
     def __post_init__(self) -> None:
-        if min(vars(self).values()) < 0:
-            raise ValueError("weights of terms must not be negative")
+        check_not_negative(self, *vars(self))
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,9 @@ class UD2M(Objective):
             raise ValueError("the perceptual term needs the LPIPS network")
         if not self.times or not all(0 < t <= 1 for t in self.times):
             raise ValueError(f"times must lie in (0, 1], and at least one of them, got {self.times}")
-        if not 0 <= self.share <= 1 or not 0 < self.t_min < 1 or self.fake_turns < 1:
-            raise ValueError("share lies in [0, 1], t_min in (0, 1), and fake_turns is at least 1")
+        check_counts(self, "draws", "fake_turns")
+        if not 0 <= self.share <= 1 or not 0 < self.t_min < 1:
+            raise ValueError("share lies in [0, 1] and t_min in (0, 1)")
 
     def players(self, model: nn.Module) -> dict[str, Iterable[nn.Parameter]]:
         """See `Objective`; critic and fake score play where their terms are on, the latter `fake_turns` times."""
@@ -197,7 +198,9 @@ def remembered(network: nn.Module, problem: Posterior, x_t: Tensor, t: Tensor, n
     alpha, sigma = problem.schedule(t)
     with exactly(x_t):
         first = gaussian(Given(problem.likelihood, x_t, alpha, sigma, None))
-    return torch.where(like(t, x_t) < 1, network(problem, x_t, t, noise), first)
+    again = network(problem, x_t, t, noise)
+    torch.clear_autocast_cache()  # where torch (2.4) keeps weights in half precision that have no graph
+    return torch.where(like(t, x_t) < 1, again, first)
 
 
 def repeat(x: Tensor, count: int) -> Tensor:

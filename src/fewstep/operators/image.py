@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fewstep.compat import prepare_torchvision
-from fewstep.core.likelihood import GaussianLikelihood
-from fewstep.core.physics import check_measurement, fitting_adjoint
+from fewstep.core.likelihood import GaussianLikelihood, noise_levels
+from fewstep.core.physics import check_constant, check_measurement, fitting_adjoint
 
 
 def to_unit(x: Tensor) -> Tensor:
@@ -43,17 +43,16 @@ def image_likelihood(
         tol, max_iter: of conjugate gradients, where the operator has no closed form.
 
     Raises:
-        ValueError: y is not finite or does not fit the operator, sigma is not positive, a blur kernel is larger than the
+        TypeError: y is no tensor, sigma no number, or physics no operator.
+        ValueError: y is empty, not finite or does not fit the operator, sigma is not positive, a blur kernel is larger than the
             image, or the operator has a constant part.
     """
     check_measurement(y)
     back = fitting_adjoint(physics, y)
     check_filter(physics, back)
-    if bool((offset := physics.A(torch.zeros_like(back))).abs().max() > 0):
-        raise ValueError(f"{type(physics).__name__} is not linear: A(0) reaches {float(offset.abs().max()):.3g}")
+    check_constant(physics, back)
     centred = 2 * y - physics.A(torch.ones_like(back))
-    doubled = 2 * torch.as_tensor(sigma, dtype=y.real.dtype, device=y.device)
-    return GaussianLikelihood(centred, physics, doubled, tol=tol, max_iter=max_iter)
+    return GaussianLikelihood(centred, physics, 2 * noise_levels(sigma, y), tol=tol, max_iter=max_iter)
 
 
 def check_filter(physics: Any, x: Tensor) -> None:

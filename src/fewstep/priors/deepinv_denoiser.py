@@ -46,5 +46,7 @@ class DeepinvDenoiser(Denoiser):
         alpha, _ = self.schedule(t)
         sigma = self.schedule.ratio(t) / 2
         x = x_t / like(alpha, x_t)
-        out = 2 * self.model((x + 1) / 2, sigma.clamp(self.sigma_min, self.sigma_max), **cond) - 1
+        level = sigma.clamp(self.sigma_min, self.sigma_max)
+        dtype = next((p.dtype for p in self.model.parameters()), x.dtype)  # that of the weights, where there are any
+        out = 2 * self.model(((x + 1) / 2).to(dtype), level.to(dtype), **cond).to(x.dtype) - 1
         return torch.where(like(sigma, x) == 0, x, out)

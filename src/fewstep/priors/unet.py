@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from fewstep.compat import prepare_torchvision
 from fewstep.core import schedule as schedules
 from fewstep.core.batch import like
+from fewstep.core.checks import check_counts, check_positive, check_rising
 from fewstep.core.denoiser import Denoiser
 from fewstep.core.files import read_weights, write_weights
 from fewstep.core.schedule import Schedule, VariancePreserving
@@ -59,18 +60,12 @@ class UNetConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "widths", tuple(self.widths))
-        if not self.widths or any(w <= 0 or w % self.groups for w in self.widths):
+        check_counts(self, "channels", "layers", "groups")
+        if not self.widths or any(not isinstance(w, int) or w <= 0 or w % self.groups for w in self.widths):
             raise ValueError(f"widths {self.widths} must be positive multiples of groups = {self.groups}")
-        if (
-            self.channels < 1
-            or self.layers < 1
-            or min(self.context, self.classes) < 0
-            or self.sigma_data <= 0
-            or not 0 < self.ratio_min < self.ratio_max
-        ):
-            raise ValueError(
-                "channels, layers and sigma_data must be positive, context and classes not negative, 0 < ratio_min < ratio_max"
-            )
+        check_counts(self, "context", "classes", least=0)
+        check_positive(self, "sigma_data")
+        check_rising(self, "ratio_min", "ratio_max")
 
     def build(self) -> nn.Module:
         """Return the network F with fresh weights; its last layer is zero, so that D starts as c_skip x."""

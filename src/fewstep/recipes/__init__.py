@@ -114,6 +114,7 @@ def prior_trainer(recipe: PriorRecipe, data: str | Path, out: str | Path, steps:
 
     Every process starts from the same weights, drawn from the recipe's seed.
     """
+    from fewstep.core.files import files_hash
     from fewstep.core.noise import seeded
     from fewstep.data import RandomCrops, crop_shapes, largest, list_images, load_image, split
     from fewstep.objectives.denoising import DenoisingScoreMatching
@@ -126,8 +127,11 @@ def prior_trainer(recipe: PriorRecipe, data: str | Path, out: str | Path, steps:
     config = build(UNetConfig, recipe.network, "network")
     objective = build(DenoisingScoreMatching, recipe.objective, "objective")
     validation = build(DenoisingPSNR, recipe.validation, "validation")
-    training, held_out = split(list_images(data), recipe.holdout)
+    photographs = list_images(data)
+    training, held_out = split(photographs, recipe.holdout)
     shapes = crop_shapes(recipe.crops)
+    if config.size is not None and any(shape.size != config.size for shape in shapes):
+        raise ValueError(f"a network for images of {config.size} pixels learns from crops of that size alone")
     return Trainer(
         model=seeded(lambda: UNetDenoiser(config), options.seed),
         objective=objective,
@@ -141,6 +145,7 @@ def prior_trainer(recipe: PriorRecipe, data: str | Path, out: str | Path, steps:
             "objective": asdict(objective),
             "crops": recipe.crops,
             "holdout": recipe.holdout,
+            "data": files_hash(photographs),
             "seed": options.seed,
         },
     )

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fewstep.core.checks import check_counts, check_shares
+from fewstep.core.files import files_hash
 from fewstep.core.noise import seeded
 from fewstep.data import to_units
 from fewstep.metrics.classes import Classifier, ClassifierConfig
@@ -118,11 +120,15 @@ class LabelledPriorRecipe:
     training: Mapping[str, Any]
     validation: Mapping[str, Any]
 
+    def __post_init__(self) -> None:
+        check_counts(self, "holdout", "batch")
+        check_shares(self, "hidden")
+
     def trainer(self, data: str | Path, out: str | Path, steps: int | None = None) -> Trainer:
         """Return the trainer on the .npz file `data`, writing to `out`; the prior goes to `out`/prior."""
         options = _options(self.training, steps)
         config = build(UNetConfig, self.network, "network")
-        training, test = Labelled.read(data).split(self.holdout)
+        training, test = _read(data, config).split(self.holdout)
         return Trainer(
             model=seeded(lambda: UNetDenoiser(config), options.seed),
             objective=build(DenoisingScoreMatching, self.objective, "objective"),
@@ -131,7 +137,7 @@ class LabelledPriorRecipe:
             options=options,
             validate=build(DenoisingPSNR, self.validation, "validation").on(list(test.images)),
             export=partial(UNetDenoiser.save, folder=Path(out) / "prior"),
-            describe={**_numbers(self), "seed": options.seed},
+            describe={**_numbers(self), "seed": options.seed, "data": files_hash([Path(data)])},
         )
 
 
@@ -153,11 +159,14 @@ class ClassifierRecipe:
     objective: Mapping[str, Any]
     training: Mapping[str, Any]
 
+    def __post_init__(self) -> None:
+        check_counts(self, "holdout", "batch")
+
     def trainer(self, data: str | Path, out: str | Path, steps: int | None = None) -> Trainer:
         """Return the trainer on the .npz file `data`, writing to `out`; the classifier goes to `out`/classifier."""
         options = _options(self.training, steps)
         config = build(ClassifierConfig, self.network, "network")
-        training, test = Labelled.read(data).split(self.holdout)
+        training, test = _read(data, config).split(self.holdout)
         return Trainer(
             model=seeded(lambda: Classifier(config), options.seed),
             objective=build(CrossEntropy, self.objective, "objective"),
@@ -166,8 +175,19 @@ class ClassifierRecipe:
             options=options,
             validate=partial(_accuracy, test=test),
             export=partial(Classifier.save, folder=Path(out) / "classifier"),
-            describe={**_numbers(self), "seed": options.seed},
+            describe={**_numbers(self), "seed": options.seed, "data": files_hash([Path(data)])},
         )
+
+
+def _read(path: str | Path, config: UNetConfig | ClassifierConfig) -> Labelled:
+    """Return what an .npz file holds; ValueError where it does not fit the network, see also `Labelled.read`."""
+    found = Labelled.read(path)
+    wanted = (config.channels, *(config.size or side for side in found.images.shape[2:]))
+    if found.images.shape[1:] != wanted:
+        raise ValueError(f"{path} has images of {tuple(found.images.shape[1:])}, the network takes {wanted}")
+    if not 0 <= int(found.labels.min()) <= int(found.labels.max()) < config.classes:
+        raise ValueError(f"{path} has other labels than 0 to {config.classes - 1}, the classes of the network")
+    return found
 
 
 def _options(values: Mapping[str, Any], steps: int | None) -> TrainingOptions:

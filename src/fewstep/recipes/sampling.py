@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewstep.core.checks import check_counts
 from fewstep.core.problem import Posterior
 from fewstep.data import CropShape, RandomCrops, center_crops
 from fewstep.measurements import Family, SimulatedMeasurements
@@ -31,6 +32,9 @@ class SamplingFigures:
     size: int = 96
     steps: int = 3
     samples: int = 2
+
+    def __post_init__(self) -> None:
+        check_counts(self, "images", "size", "steps", "samples")
 
     def on(
         self, held_out: Sequence[Tensor], families: Sequence[Family], prior: Any, device: str = "cpu"

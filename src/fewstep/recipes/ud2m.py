@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from fewstep.core.denoiser import Denoiser
+from fewstep.core.files import files_hash
 from fewstep.core.noise import seeded
 from fewstep.data import RandomCrops, crop_shapes, largest, list_images, load_image, split
 from fewstep.measurements import Family, SimulatedMeasurements
@@ -32,7 +33,7 @@ from fewstep.unfolded.decoders import AdaptedDecoder, ContextDecoder
 from fewstep.unfolded.levels import LevelConfig
 from fewstep.unfolded.lora import LoRAConfig
 from fewstep.unfolded.network import UnfoldedConfig, UnfoldedNetwork
-from fewstep.unfolded.store import find_network, load_network, save_adapter, save_network
+from fewstep.unfolded.store import find_network, load_network, prior_hash, save_adapter, save_network
 
 # a copy of the prior as it is, or one that also sees the context; trained as a whole, or through LoRA
 DECODERS: dict[str, type[AdaptedDecoder]] = {
@@ -100,6 +101,8 @@ class UD2MRecipe:
             raise ValueError(f"unknown decoder {self.decoder!r}; choose one of {', '.join(DECODERS)}")
         if self.lora is not None and "lora" not in self.decoder:
             raise ValueError(f"decoder {self.decoder!r} takes no lora; choose lora or lora-context")
+        if not self.families:
+            raise ValueError("families must name an operator, at least one")
         if self.init and "lora" in self.decoder:
             raise ValueError("init starts from a whole network, which a decoder trained through lora is not")
 
@@ -116,26 +119,31 @@ class UD2MRecipe:
         if not isinstance(prior, UNetDenoiser):
             raise ValueError(f"a {type(prior).__name__} cannot be adapted by this recipe; it takes a UNetDenoiser")
         objective, network = self.losses(prior, device), self.unfolded(prior, options.seed)
-        training, held_out = split(list_images(data), self.holdout)
+        photographs = list_images(data)
+        training, held_out = split(photographs, self.holdout)
         shapes, figures = crop_shapes(self.crops), build(SamplingFigures, self.validation, "validation")
         crops = RandomCrops([load_image(path, largest(shapes)) for path in training], shapes, options.seed)
+        measurements = SimulatedMeasurements(crops, families, str(device))
+        measurements.check()
         facts = {
             "prior": self.prior,
             "recipe": {"kind": "ud2m", **asdict(self)},
-            "data": f"{len(training) + len(held_out)} photographs, of which the last {self.holdout} in sorted order were held out",
+            "data": f"{len(photographs)} photographs, of which the last {self.holdout} in sorted order were held out",
             "command": f"fewstep train recipe.yaml {Path(data).name} --out {Path(out).name} --steps {options.steps}",
             "licence": self.licence,
         }
-        return Trainer(
+        sources = {"data": files_hash(photographs), "prior_sha256": prior_hash(prior)}
+        trainer = Trainer(
             model=Contest(network, self._critic(objective, options.seed), self._fake(objective, prior, options.seed)),
             objective=objective,
-            data=SimulatedMeasurements(crops, families, str(device)),
+            data=measurements,
             out=Path(out),
             options=options,
             validate=figures.on([load_image(path, figures.size) for path in held_out], families, prior, str(device)),
-            export=partial(_export, out=Path(out), prior=prior, facts=facts),
-            describe={**_numbers(self), "training": {"seed": options.seed}},
+            describe={**_numbers(self), "training": {"seed": options.seed}, **sources},
         )
+        trainer.export = partial(_export, trainer, prior=prior, facts=facts)
+        return trainer
 
     def unfolded(self, prior: UNetDenoiser, seed: int) -> UnfoldedNetwork:
         """Return the network before training; every process draws the same weights."""
@@ -146,7 +154,7 @@ class UD2MRecipe:
         kind = DECODERS[self.decoder]
         network = seeded(lambda: UnfoldedNetwork(config, kind(prior.with_context(kind.IMAGES), lora)), seed)
         if self.init:
-            _begin_from(network, load_network(find_network(self.init)))
+            _begin_from(network, load_network(find_network(str(self.init))))
         network.checkpointing = self.checkpointing
         return network
 
@@ -170,7 +178,11 @@ class UD2MRecipe:
     def _critic(self, objective: UD2M, seed: int) -> Critic | None:
         if not objective.weights.adversarial:
             return None
-        return seeded(lambda: Critic(build(CriticConfig, self.critic, "critic")), seed + 1)
+        config = build(CriticConfig, self.critic, "critic")
+        smallest = min(shape.size for shape in crop_shapes(self.crops))
+        if not smallest >> config.stages:
+            raise ValueError(f"critic: crops of {smallest} pixels cannot be halved {config.stages} times")
+        return seeded(lambda: Critic(config), seed + 1)
 
     def _fake(self, objective: UD2M, prior: UNetDenoiser, seed: int) -> Denoiser | None:
         if not objective.weights.matching:
@@ -207,8 +219,9 @@ def _numbers(recipe: UD2MRecipe) -> dict[str, Any]:
     return {name: value for name, value in asdict(recipe).items() if name not in ("checkpointing", "licence")}
 
 
-def _export(contest: Any, out: Path, prior: UNetDenoiser, facts: Mapping[str, Any]) -> None:
+def _export(trainer: Trainer, contest: Any, prior: UNetDenoiser, facts: Mapping[str, Any]) -> None:
     network = contest.network
-    save_network(network, out / "sampler", facts)
+    known = {**facts, "steps": trainer.step}  # the command says how many were asked for
+    save_network(network, trainer.out / "sampler", known)
     if network.decoder.lora is not None:
-        save_adapter(network, prior, out / "adapter", facts)
+        save_adapter(network, prior, trainer.out / "adapter", known)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
 
 from fewstep.core.batch import like
+from fewstep.core.checks import check_counts
 from fewstep.core.denoiser import Denoiser
 from fewstep.core.noise import Noise
 from fewstep.data import center_crops
@@ -27,6 +30,12 @@ class DenoisingPSNR:
     images: int = 8
     size: int = 128
     sigmas: tuple[float, ...] = (25.0,)
+
+    def __post_init__(self) -> None:
+        check_counts(self, "images", "size")
+        whole = isinstance(self.sigmas, list | tuple) and all(isinstance(sigma, Real) for sigma in self.sigmas)
+        if not whole or not all(0 < sigma < math.inf for sigma in self.sigmas):
+            raise ValueError(f"sigmas must be a list of positive numbers, got {self.sigmas!r}")
 
     def on(self, held_out: Sequence[Tensor]) -> Callable[[nn.Module], dict[str, float]]:
         """Return the figure as a function of the model; `held_out` are uint8 images, (3, H, W) each."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from fewstep.unfolded.starts import STARTS
+
 FRONT = """---
 license: {licence}
 library_name: fewstep
@@ -30,13 +32,14 @@ def model_card(name: str, header: Mapping[str, Any]) -> str:
         licence=header.get("licence", "unknown"),
         name=name,
         summary=SUMMARIES[header["format"]],
-        calls=header["fields"]["levels"]["iterations"],
+        calls=header["fields"]["levels"]["iterations"] + STARTS[header["fields"]["start"]].calls,
         millions=header["parameters"] / 1e6,
     )
     rows = {
         "Prior": _prior(header),
         "Data": header.get("data", "unknown"),
         "Command": f"`{header['command']}`" if "command" in header else "unknown",
+        **({"Steps": f"{header['steps']} were done"} if "steps" in header else {}),
         **({"What was really run": header["what_was_run"]} if "what_was_run" in header else {}),
         "Hash": f"SHA-256 of `model.safetensors`: {header['sha256']}",
         "Licence": header.get("licence", "unknown"),

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
+from fewstep.core.checks import check_counts, check_positive
+
 
 @dataclass(frozen=True)
 class LevelConfig:
@@ -47,10 +49,8 @@ class LevelConfig:
     def __post_init__(self) -> None:
         if self.base not in BASES:
             raise ValueError(f"unknown base {self.base!r}; choose one of {', '.join(BASES)}")
-        if self.iterations < 1 or self.width < 1:
-            raise ValueError("iterations and width must be at least 1")
-        if min(self.tau_max, self.decay, self.scale, self.pairing) <= 0:
-            raise ValueError("tau_max, decay, scale and pairing must be positive")
+        check_counts(self, "iterations", "width")
+        check_positive(self, "tau_max", "decay", "scale", "pairing")
 
 
 class Level(NamedTuple):

@@ -8,7 +8,7 @@ from typing import Any
 from fewstep.core.files import read_header, write_bytes
 from fewstep.priors.unet import UNetDenoiser
 from fewstep.unfolded.sampler import Unfolded
-from fewstep.unfolded.store import CALIBRATION, FACTS, find_network, load_network, save_network
+from fewstep.unfolded.store import CALIBRATION, FACTS, find_network, load_network, network_hash, save_network
 
 
 def load_sampler(source: str | Path, steps: int = 3, *, prior: UNetDenoiser | None = None, **options: Any) -> Unfolded:
@@ -27,9 +27,10 @@ def load_sampler(source: str | Path, steps: int = 3, *, prior: UNetDenoiser | No
         ValueError: nothing is found under `source`, it is damaged or belongs to another prior, or an option is unknown.
     """
     folder = find_network(str(source))
-    network = load_network(folder, prior)
+    network, header = load_network(folder, prior), read_header(folder)
+    facts = {name: header[name] for name in FACTS if name in header} | {"sha256": network_hash(network)}
     try:
-        return Unfolded(network, steps, **options, folder=folder)
+        return Unfolded(network, steps, **options, folder=folder, facts=facts)
     except TypeError as error:
         raise ValueError(f"{source}: {error}") from None
 
@@ -37,7 +38,7 @@ def load_sampler(source: str | Path, steps: int = 3, *, prior: UNetDenoiser | No
 def save_sampler(sampler: Unfolded, folder: str | Path, **facts: Any) -> None:
     """Write the network of `sampler` to `folder` with a header and a model card, which `load_sampler` reads.
 
-    Weights that were loaded and not changed keep what their header says of them, and their calibrations.
+    Weights that were loaded and not changed keep what their header says of them, and a whole network its calibrations.
 
     Args:
         sampler: trained or not; its steps are not kept.
@@ -49,9 +50,16 @@ def save_sampler(sampler: Unfolded, folder: str | Path, **facts: Any) -> None:
     """
     if not isinstance(sampler, Unfolded):
         raise TypeError(f"{type(sampler).__name__} has no network to save; its settings are all there is")
-    save_network(sampler.network, folder, facts)
-    source = {} if sampler.folder is None else read_header(sampler.folder)
-    if sampler.folder is not None and source.get("sha256") == read_header(folder)["sha256"]:
-        save_network(sampler.network, folder, {name: source[name] for name in FACTS if name in source} | facts)
-        if (calibrations := sampler.folder / CALIBRATION).is_file():
-            write_bytes(Path(folder) / CALIBRATION, calibrations.read_bytes())
+    known = dict(sampler.facts)
+    unchanged = known.pop("sha256", None) == (sha256 := network_hash(sampler.network))
+    calibrations = _calibrations(sampler.folder, sha256)  # before `folder`, which may be the same, is written
+    save_network(sampler.network, folder, {**(known if unchanged else {}), **facts})
+    if calibrations is not None:
+        write_bytes(Path(folder) / CALIBRATION, calibrations)
+
+
+def _calibrations(folder: Path | None, sha256: str) -> bytes | None:
+    """Return the file of calibrations in `folder`, if it is of the network with this hash."""
+    if folder is None or not (folder / CALIBRATION).is_file() or read_header(folder).get("sha256") != sha256:
+        return None
+    return (folder / CALIBRATION).read_bytes()

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from fewstep.compat import prepare_torchvision
+from fewstep.core.checks import check_counts, check_positive
 
 _DOWN, _UP, _BASE = ".lora_A.default.weight", ".lora_B.default.weight", ".base_layer."
 
@@ -29,8 +30,8 @@ class LoRAConfig:
     alpha: float = 16.0
 
     def __post_init__(self) -> None:
-        if self.rank < 0 or self.alpha <= 0:
-            raise ValueError(f"a rank must not be negative and alpha positive, got {self.rank} and {self.alpha}")
+        check_counts(self, "rank", least=0)
+        check_positive(self, "alpha")
 
     @property
     def scale(self) -> float:

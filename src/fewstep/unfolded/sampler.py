@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -90,6 +91,7 @@ class Unfolded(UnfoldedSampler):
         kernel: "bridge", or "one_step" as in the paper's code.
         grid: spacing of the times.
         folder: where the weights were read from, and where calibrations of them lie; None where they were not.
+        facts: what the header there says of their training, and their SHA-256 in half precision as a whole network.
     """
 
     network: UnfoldedNetwork = field(repr=False)
@@ -98,6 +100,7 @@ class Unfolded(UnfoldedSampler):
     kernel: str = "bridge"
     grid: str = "quadratic"
     folder: Path | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     exact: ClassVar = "biased"
     limit: ClassVar = "what the network was trained to; exact at any number of steps if it draws from p(x_0 | y, x_t)"

@@ -27,8 +27,9 @@ from fewstep.unfolded.network import UnfoldedConfig, UnfoldedNetwork
 
 FORMAT, ADAPTER = "fewstep-unfolded", "fewstep-adapter"
 DECODERS: dict[str, type[AdaptedDecoder]] = {kind.__name__: kind for kind in (AdaptedDecoder, ContextDecoder)}
-FACTS = ("prior", "recipe", "data", "command", "licence", "what_was_run")  # what a header says of a training
+FACTS = ("prior", "recipe", "data", "command", "steps", "licence", "what_was_run")  # what a header says of a training
 CALIBRATION = "calibration.json"  # beside the weights that it is of, see `fewstep.calibrated`
+FILES = (files.WEIGHTS, files.HEADER, "README.md", CALIBRATION)  # of a folder, the last two not always
 DENOISER = "decoder.denoiser."  # where the denoiser stands among the names of a network
 
 
@@ -40,9 +41,10 @@ def save_network(network: UnfoldedNetwork, folder: str | Path, facts: Mapping[st
     Raises:
         ValueError: its decoder holds no UNet of this library.
     """
-    decoder, denoiser = _adapted(network)
-    tensors = {**_own(network), **{DENOISER + name: value for name, value in decoder.plain().items()}}
-    _write(folder, tensors, {"format": FORMAT, **_header(network), "denoiser": asdict(denoiser.config)}, facts)
+    _, denoiser = _adapted(network)
+    _write(
+        folder, _tensors(network), {"format": FORMAT, **_header(network), "denoiser": asdict(denoiser.config)}, facts
+    )
 
 
 def save_adapter(
@@ -64,7 +66,7 @@ def save_adapter(
 def copy_network(source: Path, folder: Path) -> None:
     """Copy a trained network with its header, card and calibrations, each file atomically."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in (files.WEIGHTS, files.HEADER, "README.md", CALIBRATION):
+    for name in FILES:
         if (source / name).is_file():
             write_bytes(folder / name, (source / name).read_bytes())
 
@@ -150,6 +152,12 @@ def _adapted(network: UnfoldedNetwork) -> tuple[AdaptedDecoder, UNetDenoiser]:
     return decoder, decoder.denoiser
 
 
+def _tensors(network: UnfoldedNetwork) -> dict[str, Tensor]:
+    """Return the weights of a network, LoRA's additions merged into the denoiser."""
+    decoder, _ = _adapted(network)
+    return {**_own(network), **{DENOISER + name: value for name, value in decoder.plain().items()}}
+
+
 def _own(network: UnfoldedNetwork) -> dict[str, Tensor]:
     """Return the weights of a network outside its denoiser."""
     return {name: value for name, value in network.state_dict().items() if not name.startswith(DENOISER)}
@@ -165,6 +173,11 @@ def _write(
 def prior_hash(prior: UNetDenoiser) -> str:
     """Return the SHA-256 of a prior's weights in half precision, which stands in the header of a saved one."""
     return fingerprint(prior.net.state_dict(), torch.float16)
+
+
+def network_hash(network: UnfoldedNetwork) -> str:
+    """Return the SHA-256 that stands in the header of `save_network`."""
+    return fingerprint(_tensors(network), torch.float16)
 
 
 def available_networks() -> list[str]:
@@ -206,4 +219,4 @@ def _opened(folder: Path, sha256: str) -> UnfoldedNetwork:
 @lru_cache(maxsize=4)
 def _fetched(name: str) -> Path:
     """Return where the hub's files of `name` lie; asked once per process."""
-    return fetch(name, ["config.json", "model.safetensors"])
+    return fetch(name, list(FILES))
