@@ -310,3 +310,13 @@ def test_a_teacher_brings_its_own_options_where_none_are_given(monkeypatch):
     own = FitOptions(8000, 512, 4e-3, 0.999, whiten=False)
     assert seen[0] == own and seen[1].train_steps == 5 and seen[1].lr == own.lr
     assert seen[2] == FitOptions(5, lr=1e-3, whiten=False)
+
+
+def test_another_default_dtype_is_refused_in_one_line():
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with pytest.raises(NotImplementedError, match="compute in float32"):
+            fewstep.fit(lambda x: -0.5 * x.square().sum(-1), 2, train_steps=1)
+    finally:
+        torch.set_default_dtype(before)

@@ -546,3 +546,11 @@ def test_whiten_survives_walls_and_says_when_there_is_nothing():
     nothing = as_target(lambda x: x.sum(-1) * 0 - math.inf, 2, check=False)
     with pytest.raises(ValueError, match="not finite anywhere"):
         whiten(nothing, steps=60)
+
+
+def test_inference_mode_is_told_where_gradients_are_needed():
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"torch.inference_mode\(\) rules out"):
+        as_target(lambda x: -x.square().sum(-1), 2)
+    target = as_target(lambda x: -x.square().sum(-1), 2)
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"use torch.no_grad\(\)"):
+        target.score(torch.ones(1, 2))

@@ -1,10 +1,12 @@
-"""Checks of settings: each says what a value must be, so that NaN, which no comparison holds for, is refused too."""
+"""Checks of settings and of torch's mode: each says what a value must be, so that NaN, which no comparison holds for, is refused."""
 
 from __future__ import annotations
 
 import math
 from numbers import Integral
 from typing import Any, SupportsFloat
+
+import torch
 
 
 def check_shares(settings: Any, *names: str) -> None:
@@ -45,6 +47,12 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
     """Raise ValueError unless `value`, which goes by `name`, is a whole number from `least`."""
     if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name} must be a whole number and at least {least}, got {value!r}")
+
+
+def check_gradients() -> None:
+    """Raise RuntimeError where torch records no graph whatever it is asked."""
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("gradients are needed here, which torch.inference_mode() rules out: use torch.no_grad()")
 
 
 def _number(settings: Any, name: str) -> Any:

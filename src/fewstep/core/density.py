@@ -9,6 +9,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
+from fewstep.core.checks import check_gradients
 from fewstep.core.noise import Noise
 
 
@@ -81,9 +82,14 @@ def floating(x: Tensor) -> Tensor:
 
 
 def gradient(log_prob: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Return the gradient of each item's log_prob, (N, d) -> (N, d); differentiable where `x` is, and inside `torch.func`."""
+    """Return the gradient of each item's log_prob, (N, d) -> (N, d); differentiable where `x` is, and inside `torch.func`.
+
+    Raises:
+        RuntimeError: torch is in inference mode.
+    """
     if torch._C._functorch.is_functorch_wrapped_tensor(x):  # there, plain autograd is refused
         return torch.func.grad(lambda x: log_prob(x).sum())(x)
+    check_gradients()
     x = floating(x)
     further = torch.is_grad_enabled() and x.requires_grad
     with torch.enable_grad():

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fewstep.core.batch import item_dot, like
+from fewstep.core.checks import check_gradients
 from fewstep.core.counts import Counts
 from fewstep.core.linalg import cg
 from fewstep.core.noise import Noise
@@ -223,12 +224,6 @@ class GaussianLikelihood(Likelihood):
         # in the form z + correction: the correction is small where z already fits, and so is its rounding
         correction = self.A_adjoint(y - self.A(z)) / like(self.sigma**2, z.real if z.is_complex() else z)
         return z + self.solve(correction, rho)
-
-
-def check_gradients() -> None:
-    """Raise RuntimeError where torch records no graph whatever it is asked."""
-    if torch.is_inference_mode_enabled():
-        raise RuntimeError("gradients are needed here, which torch.inference_mode() rules out: use torch.no_grad()")
 
 
 def noise_levels(sigma: Tensor | float, y: Tensor) -> Tensor:

@@ -12,8 +12,9 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
 from fewstep.core.batch import like
+from fewstep.core.checks import check_gradients
 from fewstep.core.denoiser import Denoiser
-from fewstep.core.likelihood import Counts, GaussianLikelihood, Likelihood, check_gradients
+from fewstep.core.likelihood import Counts, GaussianLikelihood, Likelihood
 from fewstep.core.schedule import Schedule
 
 Pullback = Callable[[Tensor], Tensor]

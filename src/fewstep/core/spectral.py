@@ -177,7 +177,7 @@ def spectrum_of(physics: Any, x: Tensor) -> Spectrum | None:
 
 def _agrees(spectrum: Spectrum, physics: Any, x: Tensor) -> bool:
     """Return whether the closed form gives A'A v and (A'A)^2 v; the second also tests that V' V = I."""
-    v = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=x.dtype).to(x.device)
+    v = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=x.dtype, device="cpu").to(x.device)
     once = physics.A_adjoint(physics.A(v))
     twice = physics.A_adjoint(physics.A(once))
     tol = 1e3 * torch.finfo(x.dtype).eps

@@ -117,6 +117,12 @@ class TimeEmbedding(nn.Module):
     def __init__(self, schedule: Schedule, width: int, count: int = 32, finest: float = 10**1.5) -> None:
         super().__init__()
         self.schedule = schedule
+        if (
+            torch.get_default_dtype() != torch.float32
+        ):  # in which modules and times would be made, beside noise in float32
+            raise NotImplementedError(
+                "samplers of densities compute in float32: leave torch.set_default_dtype at that; log_prob may be in float64"
+            )
         self.register_buffer("frequencies", torch.logspace(-1, math.log10(finest), count) * math.pi / 2)
         self.layers = nn.Sequential(nn.Linear(2 * count + 1, width), nn.SiLU(), nn.Linear(width, width))
 

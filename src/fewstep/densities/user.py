@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.core.checks import check_counts
+from fewstep.core.checks import check_counts, check_gradients
 from fewstep.core.density import TargetDensity, gradient
 from fewstep.core.noise import Streams
 from fewstep.densities.properness import check_proper
@@ -198,8 +198,11 @@ def check_gradient(target: UserDensity, x: Tensor) -> None:
     """Compare the score with differences of log_prob at `x`, (N, d), in one direction each; kinks are allowed.
 
     Raises:
+        RuntimeError: it takes autograd, and torch is in inference mode.
         ValueError: no gradient, one that is zero everywhere while the values differ, or one of another function.
     """
+    if target.own_score is None:
+        check_gradients()
     try:
         score = target.score(x)
     except (RuntimeError, TypeError) as error:

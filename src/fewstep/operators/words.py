@@ -283,7 +283,8 @@ class InpaintRandom(_Mask):
 
     def known(self, image_shape: Shape) -> Tensor:
         """See `_Mask`."""
-        draw = torch.rand(image_shape[1:], generator=torch.Generator().manual_seed(self.mask_seed))
+        generator = torch.Generator().manual_seed(self.mask_seed)
+        draw = torch.rand(image_shape[1:], generator=generator, device="cpu")
         return (draw >= self.rate).float()
 
 
