@@ -22,7 +22,9 @@ from fewstep.calibrated import FILE, Asked, Calibrations, Plan, calibrate, judge
 from fewstep.commands import calibrating
 from fewstep.commands.calibrating import families_of
 from fewstep.commands.restoring import _notes
+from fewstep.core.counts import Counts
 from fewstep.core.sampler import State
+from fewstep.core.samples import Samples
 from fewstep.measurements import Family
 from fewstep.methods.ud2m import UD2M
 from fewstep.operators.words import Jpeg, get_operator
@@ -483,3 +485,32 @@ def test_the_command_writes_the_file_beside_the_weights(tmp_path, sampler, monke
     assert open_network(str(tmp_path / "copy"))
     result = CliRunner().invoke(app, [*words, *rest[:2], "--crop", "32", *rest[4:]])
     assert "another crop" in str(result.exception) and "delete calibration.json" in str(result.exception)
+
+
+class Scripted:
+    """A sampler whose samples are -0.1, 0.1, 0.3, ...; it keeps the seeds and measurements that it is given."""
+
+    def __init__(self):
+        self.seeds, self.seen = [], []
+
+    def __call__(self, problem, num_samples, *, seed, chunk=None):
+        self.seeds.append(seed)
+        self.seen.append(problem.likelihood.y)
+        x = 0.2 * torch.arange(num_samples) - 0.1
+        return Samples(x.reshape(-1, 1, 1, 1, 1).expand(-1, 1, 3, SIDE, SIDE), Counts(), 0.0, "", (0,))
+
+
+def test_every_photograph_of_a_calibration_has_noise_of_its_own():
+    sampler, family, twice = Scripted(), Family("denoise", sigma=0.1), photos(1, 0) * 2
+    for seed in (0, 1):
+        list(simulated(sampler, PixelPrior(), twice, [family], replace(PLAN, seed=seed)))
+    assert len(set(sampler.seeds)) == len({tuple(y.flatten().tolist()) for y in sampler.seen}) == 4
+
+
+def test_the_figures_of_the_benchmark_by_hand():
+    sampler, plan, grey = Scripted(), replace(PLAN, samples=(3,)), [torch.full((3, SIDE, SIDE), 127).byte()] * 2
+    setup, task = bench.Setup(PixelPrior(), [], grey, plan), Task(get_operator("denoise")(), 0.05)
+    row = setup.measured(Variant("scripted", "", sampler), task)
+    assert (row["width"], row["error"], row["right"]) == pytest.approx((0.1, (0.1 + 1 / 255) / 2, 0.5), abs=1e-6)
+    list(simulated(sampler, PixelPrior(), grey, [bench.exactly(task)], plan))
+    assert set(sampler.seeds[:2]).isdisjoint(sampler.seeds[2:])  # of measurement and of calibration

@@ -426,3 +426,8 @@ def test_noise_is_drawn_on_the_cpu_whatever_device_is_the_default():
     with torch.device("meta"):
         found = [second.randn(n) for n in sizes], second.rand(2)
     torch.testing.assert_close(found, want, rtol=0, atol=0)
+
+
+def test_neighbouring_seeds_share_no_sample():
+    rows = Noise.spawn((5, 6, 7), range(3)).randn(4)
+    assert len({tuple(row) for row in rows.tolist()}) == 9

@@ -247,3 +247,8 @@ def test_folder_listing(tmp_path):
     assert [p.name for p in list_photos(tmp_path)] == ["a.png", "b.png"]
     with pytest.raises(ValueError, match="nofolder is not a folder"):
         list_photos(tmp_path / "nofolder")
+
+
+def test_arrays_of_sixteen_bits_are_read_over_their_whole_range(tmp_path):
+    np.save(tmp_path / "a.npy", np.array([[0, 65535, 32768]], np.uint16))
+    assert load_image(tmp_path / "a.npy")[0, 0, 0].tolist() == pytest.approx([0, 1, 32768 / 65535])

@@ -279,3 +279,20 @@ def test_bridge_ends_are_base_and_target():
     torch.testing.assert_close(state.log_prob(one), Gaussian().log_prob(state.x))
     torch.testing.assert_close(state.tempered_score(one), (MEAN - state.x) / STD.square())
     torch.testing.assert_close(state.tempered_score(zero), -state.x)
+
+
+def test_the_score_of_a_mixture_of_kernels_is_its_gradient():
+    mixture = corrections.KernelMixture.fitted(Streams(0, range(50)).randn(2).double(), 20)
+    x = Streams(1, range(7)).randn(2).double().requires_grad_()
+    torch.testing.assert_close(mixture.score(x.detach()), torch.autograd.grad(mixture.log_prob(x).sum(), x)[0])
+
+
+def test_independence_metropolis_depends_on_its_seed():
+    drawn = proposals(640, Quartet())
+    assert not torch.equal(*(corrections.independence_metropolis(drawn, 16, seed=seed).x for seed in (0, 1)))
+
+
+def test_thinned_chains_keep_every_second_draw():
+    chains = Chains(Hamiltonian(2), chains=4, warmup=10)
+    whole, thin = (replace(chains, thin=k).sample(Gaussian(), 24 // k, seed=1).x for k in (1, 2))
+    torch.testing.assert_close(thin.reshape(4, 3, 3), whole.reshape(4, 6, 3)[:, 1::2])

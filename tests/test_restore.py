@@ -445,3 +445,11 @@ def test_folder(tmp_path, monkeypatch):
     shares = [restore_folder(folder, tmp_path / "two", settings(), share=(rank, 2)) for rank in (0, 1)]
     done = [{r.folder.name for r in part} for part, _ in shares]
     assert done[0] | done[1] == {"a-png", "a-jpg", "b", "c"} and not done[0] & done[1]
+
+
+@pytest.mark.parametrize("simulate", [False, True])
+def test_the_seed_changes_samples_and_simulated_measurements(tmp_path, simulate):
+    folders = [run(write_png(tmp_path), tmp_path / str(s), seed=s, simulate=simulate).folder for s in (0, 1)]
+    assert not torch.equal(*(Samples.load(folder).x for folder in folders))
+    if simulate:
+        assert not torch.equal(*(load_image(folder / "measurement.png") for folder in folders))

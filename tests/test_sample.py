@@ -245,3 +245,10 @@ def test_a_prior_without_classes_says_so(tmp_path):
         Source(str(tmp_path), label=1).problem()
     assert Source(str(tmp_path), size=12).problem().likelihood.event_shape == (3, 12, 12)
     assert Source(str(tmp_path)).problem().likelihood.event_shape == (3, sampling.SIZE, sampling.SIZE)
+
+
+def test_the_seed_changes_the_draws_of_the_command(fewstep, prior, tmp_path):
+    for seed in (0, 1):
+        code, *said = fewstep("sample", prior, "--num", 2, "--steps", 2, "--seed", seed, "--out", tmp_path / str(seed))
+        assert not code, said
+    assert not torch.equal(*(Samples.load(tmp_path / str(seed)).x for seed in (0, 1)))

@@ -8,7 +8,9 @@ import torch
 import fewstep.store as module
 from fewstep.core.likelihood import Counts
 from fewstep.core.samples import Samples
+from fewstep.outputs import std_map
 from fewstep.store import SampleStore
+from fewstep.uncertainty import Calibration
 
 X = torch.randn(5, 1, 3, 7, 6, generator=torch.Generator().manual_seed(0))
 
@@ -70,3 +72,17 @@ def test_nothing_written_is_no_file(tmp_path):
     with SampleStore(tmp_path, X.shape[1:]):
         pass
     assert not list(tmp_path.iterdir())
+
+
+def test_calibrated_ends_are_stretched_before_they_are_clipped(tmp_path):
+    calibration = Calibration(0.9, 2.0, 3, 20, floor=0.1)
+    with SampleStore(tmp_path, (1, 3, 2, 2)) as store:
+        store.append(Samples(torch.full((3, 1, 3, 2, 2), 0.9), Counts(), 0.0, "", (0,)))
+        found = store.summary(lambda x: ((x + 1) / 2).clamp(0, 1), 0.9, calibration)
+    torch.testing.assert_close(found.lower, torch.full_like(found.lower, 0.85))  # of 0.7 and 1.1 in [-1, 1]
+    torch.testing.assert_close(found.upper, torch.ones_like(found.upper))
+
+
+def test_the_map_of_spread_is_the_root_of_the_mean_square_over_channels():
+    std = torch.tensor([0.0, 0.0, 3.0]).reshape(1, 3, 1, 1)
+    assert float(std_map(module.Summary(torch.zeros(1, 3, 1, 1), std))) == pytest.approx(3**0.5)

@@ -733,3 +733,21 @@ def test_items_without_data_have_streams_of_their_own():
     assert torch.equal(whole[:2], in_blocks((1, 2, 0), range(2), device).randn(3))
     for other in (in_blocks((1, 2, 1), range(4), device), in_blocks((1, 2, 0), range(4, 8), device)):
         assert not bool((whole == other.randn(3)).any())
+
+
+def test_the_noise_of_a_training_is_new_in_every_step_and_of_its_seed(tmp_path):
+    seen = []
+    for seed, steps in ((0, 2), (1, 1)):
+        one = trainer(tmp_path / str(seed), seed=seed)
+        one.streams = lambda words, *rest, streams=one.streams: seen.append(words) or streams(words, *rest)
+        for _ in range(steps):
+            one._train_step()
+    assert len(set(seen)) == 3
+
+
+def test_accumulated_gradients_are_means(tmp_path):
+    one, two = (
+        trainer(tmp_path / str(parts), accumulate=parts, precision="no")._train_step()["model/grad_norm"]
+        for parts in (1, 2)
+    )
+    assert one == pytest.approx(two, rel=1e-4)

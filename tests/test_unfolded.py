@@ -23,9 +23,9 @@ from fewstep.priors.exact import GaussianPrior
 from fewstep.priors.unet import UNetConfig, UNetDenoiser
 from fewstep.priors.windowed import Windowed
 from fewstep.testing.propagate import finite_step_law
-from fewstep.unfolded.decoders import AdaptedDecoder, ContextDecoder, CorrectedDecoder, PriorDecoder
-from fewstep.unfolded.levels import LevelConfig, Levels
-from fewstep.unfolded.network import UnfoldedConfig, UnfoldedNetwork
+from fewstep.unfolded.decoders import AdaptedDecoder, ContextDecoder, CorrectedDecoder, Decoder, PriorDecoder
+from fewstep.unfolded.levels import Level, LevelConfig, Levels
+from fewstep.unfolded.network import Facts, UnfoldedConfig, UnfoldedNetwork
 from fewstep.unfolded.ram import RAM_VARIABLE, Stack, ram_network
 from fewstep.unfolded.sampler import Unfolded
 from fewstep.unfolded.starts import STARTS, Given
@@ -345,3 +345,43 @@ def test_fields_that_a_trained_network_would_ignore_are_refused():
 def test_settings_that_are_no_numbers_are_refused(wrong, match):
     with pytest.raises(ValueError, match=match):
         assert UD2M(**wrong).nfe
+
+
+class Recording(Decoder):
+    """A decoder that keeps its inputs and gives `gain` times the noised image back."""
+
+    def __init__(self, gain):
+        super().__init__()
+        self.gain, self.seen = gain, []
+
+    def forward(self, problem, inputs):
+        self.seen.append(inputs)
+        return self.gain * inputs.noisy
+
+
+def test_an_iteration_is_a_weighted_prox_and_then_noise():
+    problem, decoder = denoising(), Recording(1)
+    network = UnfoldedNetwork(UnfoldedConfig(LevelConfig(1)), decoder).double()
+    x, x_t, noise = (torch.tensor([v]).double() for v in ([0.3, 0.1], [0.4, -0.2], [1.0, -1.0]))
+    alpha, sigma, tau, rho, weight, temperature = (torch.tensor([v]).double() for v in (0.8, 0.6, 0.25, 0.7, 2.0, 3.0))
+    facts = Facts(problem, x_t, alpha, sigma, torch.zeros(1, 2).double(), False)
+    found = network._iterate(facts, x, Level(tau, rho, weight, temperature), noise)
+    precision = weight / 0.25 + (alpha / sigma) ** 2 + 1 / rho**2
+    point = (weight / 0.25 * problem.likelihood.y + alpha / sigma**2 * x_t + x / rho**2) / precision
+    torch.testing.assert_close(decoder.seen[0].point, point)
+    torch.testing.assert_close(found, point + tau * temperature * noise)
+
+
+def test_the_final_draw_is_of_the_likelihood_around_the_end():
+    count, decoder = 20_000, Recording(0)
+    network = UnfoldedNetwork(UnfoldedConfig(LevelConfig(1), end=0.6), decoder).double()
+    problem, x_t = denoising().expand(count), torch.zeros(count, 2).double()
+    x = network(problem, x_t, torch.tensor(0.5).double(), Noise(range(count), torch.float64))
+    torch.testing.assert_close(decoder.seen[0].back[0], denoising().likelihood.y[0] / 1.25)
+    variance = 1 / (1 / 0.25 + 1 / (0.6 * 0.5) ** 2)
+    assert ((x.var(0) / variance - 1).abs() < 4 * (2 / count) ** 0.5).all()
+
+
+def denoising():
+    y, identity = torch.tensor([[2.0, -1.0]]).double(), torch.eye(2).double()
+    return Posterior(GaussianPrior(0 * y[0], identity), GaussianLikelihood(y, MatrixOperator(identity), 0.5))
