@@ -46,4 +46,4 @@ def test_doctor_says_what_users_of_deepinv_call_first(monkeypatch):
     from fewstep.commands import health
 
     monkeypatch.setattr(health, "prepare_torchvision", lambda: True)
-    assert "fewstep.compat.prepare_torchvision() before" in (health._torchvision() or "")
+    assert "prepare_torchvision() of fewstep.compat before" in (health._torchvision() or "")
