@@ -17,6 +17,7 @@ from fewstep.bench.log import Log
 from fewstep.bench.priors import random_prior
 from fewstep.bench.sets import ERROR, FRECHET, HALVES, MMD, SetDistances
 from fewstep.bench.tasks import OTHERS, TASKS, RandomSensing, named_tasks
+from fewstep.compat import prepare_torchvision
 from fewstep.methods.ud2m import UD2M
 from fewstep.priors.unet import UNetConfig
 
@@ -141,6 +142,7 @@ def lpips_weights(path, net):
 
 @pytest.mark.parametrize("nets", [("alex", "vgg"), ("alex",)])
 def test_both_lpips_where_both_have_weights(tmp_path, nets):
+    prepare_torchvision()  # which lpips imports
     pytest.importorskip("lpips")
     names = {"alex": "alexnet.safetensors", "vgg": "vgg16.safetensors"}
     for net in nets:
