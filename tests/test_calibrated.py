@@ -493,7 +493,7 @@ class Scripted:
     def __init__(self):
         self.seeds, self.seen = [], []
 
-    def __call__(self, problem, num_samples, *, seed, chunk=None):
+    def __call__(self, problem, num_samples, *, seed, chunk=None, antithetic=False):
         self.seeds.append(seed)
         self.seen.append(problem.likelihood.y)
         x = 0.2 * torch.arange(num_samples) - 0.1

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
+from fewstep.core.checks import check_pairs
 from fewstep.core.denoiser import Denoiser
 from fewstep.core.files import library_version, read_header, write_bytes
 from fewstep.core.noise import mix
@@ -52,6 +53,7 @@ class Plan:
             values at which ranges are cut into parts that do, such as the quality of JPEG: {"factor": (), "quality": (15, 30)}. A
             calibration promises a mean over what it was fitted on: the fewer different things that is, the nearer is each to its
             level.
+        antithetic: whether samples come in pairs with opposite noise, see `Sampler`; their intervals are others.
     """
 
     levels: tuple[float, ...] = (0.9,)
@@ -62,10 +64,13 @@ class Plan:
     chunk: int | None = None
     words: tuple[str, ...] = ()
     apart: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    antithetic: bool = False
 
     def __post_init__(self) -> None:
         if not self.levels or not self.samples or min(self.samples) < 2:
             raise ValueError(f"intervals need a level and at least 2 samples, got {self.levels} and {self.samples}")
+        for num in self.samples:
+            check_pairs(num, self.antithetic)
         for level in self.levels:
             least_images(level, self.bound(level))
 
@@ -83,12 +88,16 @@ class Plan:
 
 
 class Asked(NamedTuple):
-    """A measurement and the intervals that are wanted of it; sigma is in [0, 1] units, None for no noise."""
+    """A measurement and the intervals that are wanted of it; sigma is in [0, 1] units, None for no noise.
+
+    They are of antithetic samples or of independent ones.
+    """
 
     operator: Operator
     sigma: float | None
     num_samples: int
     level: float
+    antithetic: bool = False
 
 
 class Entry(NamedTuple):
@@ -103,9 +112,10 @@ class Entry(NamedTuple):
         return operator.word == self.word and all(holds(entry, getattr(operator, k)) for k, entry in self.kind.items())
 
     @property
-    def asked(self) -> tuple[str, float, int]:
-        """What it is looked up by, but for the kind: word of the operator, level and number of samples."""
-        return self.word, self.calibration.level, self.calibration.num_samples
+    def asked(self) -> tuple[str, float, int, bool]:
+        """What it is looked up by, but for the kind: word of the operator, level, number of samples, whether antithetic."""
+        found = self.calibration
+        return self.word, found.level, found.num_samples, found.antithetic
 
     @property
     def name(self) -> str:
@@ -216,7 +226,7 @@ class Calibrations:
             e
             for e in self.entries
             if e.word == asked.operator.word
-            and e.calibration.num_samples == asked.num_samples
+            and (e.calibration.num_samples, e.calibration.antithetic) == (asked.num_samples, asked.antithetic)
             and abs(e.calibration.level - asked.level) < 1e-9
         ]
         of_kind = [e for e in for_word if e.holds(asked.operator)]
@@ -234,7 +244,9 @@ class Calibrations:
 
     def _offer(self, word: str) -> str:
         fitted = [e.calibration for e in self.entries if e.word == word]
-        offers = dict.fromkeys(f"{c.num_samples} samples at level {c.level:g}" for c in fitted)
+        offers = dict.fromkeys(
+            f"{c.num_samples}{' antithetic' * c.antithetic} samples at level {c.level:g}" for c in fitted
+        )
         return f"{word} is calibrated for {' or '.join(offers)}" if offers else f"there is no calibration for {word}"
 
     def _of(self, word: str) -> list[Family]:
@@ -346,7 +358,13 @@ def simulated(
     for number, x in enumerate(center_crops(photos, plan.crop)):
         operator, likelihood = data.measured(x[None].to(device), 0, number)
         problem = Posterior(prior, likelihood)
-        samples = sampler(problem, max(plan.samples), seed=mix(plan.seed, number), chunk=plan.chunk)
+        samples = sampler(
+            problem,
+            max(plan.samples),
+            seed=mix(plan.seed, number),
+            chunk=plan.chunk,
+            antithetic=plan.antithetic,
+        )
         yield replace(samples, x=operator.framed(samples.x.float().cpu())), operator.framed(x[None])
 
 

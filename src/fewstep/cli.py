@@ -50,6 +50,9 @@ app.add_typer(density, name="density")
 
 Sigma = Annotated[float | None, typer.Option(help="Noise standard deviation in units of [0, 1] images.")]
 Operator = Annotated[str | None, typer.Option(help="How the photograph was degraded; see `fewstep operators`.")]
+Antithetic = Annotated[
+    bool, typer.Option("--antithetic", help="Samples in pairs with opposite noise: their mean is that of many more.")
+]
 Seed = Annotated[int, typer.Option(help="Sample k depends on the measurement, the seed and k alone.")]
 
 
@@ -71,6 +74,7 @@ def restore(  # noqa: PLR0913, PLR0917 - one parameter is one option
     ] = None,
     schedule: Annotated[Path | None, typer.Option(help="A file of `fewstep tune`: solver, settings and times.")] = None,
     samples: Annotated[int, typer.Option(help="How many samples.")] = 16,
+    antithetic: Antithetic = False,
     seed: Seed = 0,
     prior: Annotated[str, typer.Option(help="Name or folder of the prior.")] = "natural",
     simulate: Annotated[bool, typer.Option("--simulate", help="INPUT is clean: degrade it first, then score.")] = False,
@@ -100,6 +104,7 @@ def restore(  # noqa: PLR0913, PLR0917 - one parameter is one option
         solver=solver,
         schedule=schedule,
         samples=samples,
+        antithetic=antithetic,
         seed=seed,
         prior=prior,
         simulate=simulate,
@@ -280,6 +285,7 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter is one option
     photos: Annotated[Path, typer.Argument(metavar="FOLDER", help="Photographs that it was not trained on.")],
     level: Annotated[list[float] | None, typer.Option(help="Probability of the intervals, .9; repeatable.")] = None,
     samples: Annotated[list[int] | None, typer.Option(help="Samples per photograph, 16; repeatable.")] = None,
+    antithetic: Antithetic = False,
     limit: Annotated[int | None, typer.Option(help="The last photographs in sorted order, so many of them.")] = None,
     crop: Annotated[int, typer.Option(help="Side of the square in the middle of each, pixels.")] = 128,
     recipe: Annotated[
@@ -312,6 +318,7 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter is one option
         seed,
         words=tuple(operator or []),
         apart=cuts(apart or []),
+        antithetic=antithetic,
     )
     fields = assignments(assign or [])
     run(network, photos, plan, console, fields=fields, recipe=recipe, limit=limit, device=device, out=out)

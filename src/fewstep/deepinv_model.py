@@ -11,8 +11,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from fewstep.core.checks import check_pairs
 from fewstep.core.denoiser import Denoiser
-from fewstep.core.noise import Noise
+from fewstep.core.noise import Antithetic, Noise
 from fewstep.core.problem import Posterior, check_prior
 from fewstep.core.sampler import Sampler
 from fewstep.operators.image import image_likelihood, to_unit
@@ -29,10 +30,17 @@ class DeepinvModel(nn.Module):
         samples: K, how many samples are averaged.
         seed: of the samples.
         chunk: the most items that go through the network at once; None for all of them.
+        antithetic: whether they come in pairs with opposite noise, see `Sampler`: two are then worth many.
     """
 
     def __init__(
-        self, sampler: Sampler, prior: Denoiser, samples: int = 1, seed: int = 0, chunk: int | None = None
+        self,
+        sampler: Sampler,
+        prior: Denoiser,
+        samples: int = 1,
+        seed: int = 0,
+        chunk: int | None = None,
+        antithetic: bool = False,
     ) -> None:
         super().__init__()
         if not isinstance(sampler, Sampler):
@@ -40,8 +48,9 @@ class DeepinvModel(nn.Module):
         check_prior(prior)
         if samples < 1:
             raise ValueError(f"samples must be at least 1, got {samples}")
+        check_pairs(samples, antithetic)
         self.sampler, self.prior = sampler, prior
-        self.samples, self.seed, self.chunk = samples, seed, chunk
+        self.samples, self.seed, self.chunk, self.antithetic = samples, seed, chunk, antithetic
         values = (getattr(sampler, f.name) for f in fields(sampler))  # type: ignore[arg-type]
         self.networks = nn.ModuleList(value for value in values if isinstance(value, nn.Module))
 
@@ -66,14 +75,16 @@ class DeepinvModel(nn.Module):
         problem = Posterior(self.prior, image_likelihood(y, physics, gaussian_level(physics)))
         if self.training and torch.is_grad_enabled():
             return to_unit(self._differentiable(problem))
-        return to_unit(self.sampler(problem, self.samples, seed=self.seed, chunk=self.chunk).mean).clamp(0, 1)
+        drawn = self.sampler(problem, self.samples, seed=self.seed, chunk=self.chunk, antithetic=self.antithetic)
+        return to_unit(drawn.mean).clamp(0, 1)
 
     def _differentiable(self, problem: Posterior) -> Tensor:
         """Return the same mean with its graph, (B, *event)."""
         self.sampler.check(problem, self.samples)
         likelihood, items = problem.likelihood, problem.expand(self.samples)
         seeds = [self.seed] * likelihood.batch
-        noise = Noise.spawn(seeds, range(self.samples), likelihood.dtype, likelihood.device)
+        source = Antithetic if self.antithetic else Noise
+        noise = source.spawn(seeds, range(self.samples), likelihood.dtype, likelihood.device)
         state = self.sampler.init(items, noise)
         for k in range(self.sampler.steps):
             state = self.sampler.step(items, state, k, noise)
@@ -96,7 +107,13 @@ def gaussian_level(physics: Any) -> Tensor | float:
 
 
 def as_deepinv(
-    sampler: Sampler, prior: Denoiser, samples: int = 1, *, seed: int = 0, chunk: int | None = None
+    sampler: Sampler,
+    prior: Denoiser,
+    samples: int = 1,
+    *,
+    seed: int = 0,
+    chunk: int | None = None,
+    antithetic: bool = False,
 ) -> DeepinvModel:
     """Return `sampler` as a deepinv reconstruction network, `model(y, physics)`, see `DeepinvModel`.
 
@@ -108,5 +125,6 @@ def as_deepinv(
         samples: K, whose mean is returned.
         seed: of the samples.
         chunk: the most items that go through the network at once.
+        antithetic: whether they come in pairs with opposite noise, see `Sampler`.
     """
-    return DeepinvModel(sampler, prior, samples, seed, chunk).eval()
+    return DeepinvModel(sampler, prior, samples, seed, chunk, antithetic).eval()

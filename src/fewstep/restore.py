@@ -232,15 +232,21 @@ class _Run:
 
     def _verdict(self, count: int) -> Verdict | None:
         """Return what is known of the intervals of `count` samples; None where the method is no trained sampler."""
-        task = self.task
-        verdict = judge(self.sampler, Asked(task.word.seen(task.y), task.sigma, count, self.chosen.level))
+        task, chosen = self.task, self.chosen
+        asked = Asked(task.word.seen(task.y), task.sigma, count, chosen.level, chosen.antithetic)
+        verdict = judge(self.sampler, asked)
         if verdict is None or not task.photo.grey:
             return verdict
         return Verdict(None, (*verdict.outside, "grey"), "not calibrated: the photographs of calibration are in colour")
 
     def _draw(self, store: SampleStore) -> None:
         for part in self.sampler.stream(
-            self.problem, self.chosen.samples, seed=self.chosen.seed, chunk=self._chunk(), callback=self._report
+            self.problem,
+            self.chosen.samples,
+            seed=self.chosen.seed,
+            chunk=self._chunk(),
+            antithetic=self.chosen.antithetic,
+            callback=self._report,
         ):
             if not store.count:
                 self._begin()
@@ -289,6 +295,7 @@ class _Run:
             "prior": chosen.prior,
             "seed": chosen.seed,
             "num_samples": store.count,
+            "antithetic": chosen.antithetic,
             "interrupted": interrupted,
             "nfe": store.counts.network,
             "vjp": store.counts.vjp,

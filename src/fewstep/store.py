@@ -55,7 +55,7 @@ class SampleStore:
 
     def __init__(self, folder: Path, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> None:
         self.path, self.shape, self.dtype, self.count = folder / "samples.safetensors", tuple(shape), dtype, 0
-        self.counts, self.seconds, self.method = Counts(), 0.0, ""
+        self.counts, self.seconds, self.method, self.antithetic = Counts(), 0.0, "", False
         self.seeds: tuple[int, ...] = ()
         self._room, self._bytes = 0, math.prod(shape) * dtype.itemsize
         self._partial = self.path.with_suffix(f".partial-{os.getpid()}")
@@ -76,7 +76,7 @@ class SampleStore:
     def append(self, part: Samples) -> None:
         """Write the samples of a chunk of one measurement."""
         if not self.count:
-            self.method, self.seeds = part.method, part.seeds
+            self.method, self.seeds, self.antithetic = part.method, part.seeds, part.antithetic
             self._room = _HEADER + len(json.dumps([self.method, self.seeds])) // 8 * 8
         self.counts = Counts.mean([(self.counts, self.count), (part.counts, part.num_samples)])
         for x in part.x:
@@ -102,7 +102,7 @@ class SampleStore:
         rows = max(1, _STRIP // (self.shape[-1] * self.shape[1]))
         for first in range(0, self.shape[-2], rows):
             strip = slice(first, min(first + rows, self.shape[-2]))
-            drawn = Samples(self._read(strip), self.counts, 0.0, self.method, self.seeds)
+            drawn = Samples(self._read(strip), self.counts, 0.0, self.method, self.seeds, antithetic=self.antithetic)
             samples = replace(drawn, x=to_output(drawn.x))
             mean[..., strip, :] = samples.mean
             if std is not None and lower is not None and upper is not None:
@@ -130,6 +130,7 @@ class SampleStore:
             "method": self.method,
             "seeds": json.dumps(self.seeds),
             "first": "0",
+            "antithetic": json.dumps(self.antithetic),
             "counts": json.dumps(vars(self.counts)),
             "seconds": str(self.seconds),
         }

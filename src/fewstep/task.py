@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.core.checks import check_pairs
 from fewstep.core.driven import Driven
 from fewstep.core.files import read_header
 from fewstep.core.grid import times_of
@@ -48,6 +49,7 @@ class Settings:
         preset: named settings of the method; None takes its "photo" where it has one, else its "paper".
         method_fields: fields of the method, as values or as text; they go before the preset.
         samples: how many, K.
+        antithetic: whether samples come in pairs with opposite noise: their mean is that of many more; needs an even K.
         seed: sample k depends on the measurement, the seed and k alone.
         solver: name of a solver that steps with the method's prediction, instead of the method itself; `steps` is then its.
         schedule: file of a tuned schedule, for that solver; its own where none is named.
@@ -66,6 +68,7 @@ class Settings:
     preset: str | None = None
     method_fields: Mapping[str, Any] = field(default_factory=dict)
     samples: int = 16
+    antithetic: bool = False
     seed: int = 0
     solver: str | None = None
     schedule: Path | None = None
@@ -86,6 +89,7 @@ class Settings:
             raise ValueError(f"sigma is in units of [0, 1] images, got {self.sigma}; for 8-bit units divide by 255")
         if self.samples < 1:
             raise ValueError(f"samples must be at least 1, got {self.samples}")
+        check_pairs(self.samples, self.antithetic)
         if not 0 < self.level < 1:
             raise ValueError(f"level must lie in (0, 1), got {self.level}")
         if self.window <= 64:

@@ -70,7 +70,7 @@ class Setup:
     def measured(self, entry: Variant, task: Task) -> dict[str, Any]:
         """Return the coverage of a method on a task."""
         (level, *_), (num, *_), family = self.plan.levels, self.plan.samples, exactly(task)
-        verdict = judge(entry.sampler, Asked(task.operator, task.sigma, num, level))
+        verdict = judge(entry.sampler, Asked(task.operator, task.sigma, num, level, self.plan.antithetic))
         factors = {"family": None if verdict is None else verdict.calibration, "fitted": self.own(entry, family)}
         rows = []
         again = replace(self.plan, seed=self.plan.seed + 1)
@@ -108,6 +108,7 @@ def main(  # noqa: PLR0913 - one parameter is one option
     seed: int = 0,
     prior: str | Denoiser = "natural",
     chunk: int | None = None,
+    antithetic: bool = False,
     kernels: str | Path | None = None,
 ) -> Report:
     """Calibrate and measure, print the tables, write the JSON report to `out` where given, and return it.
@@ -128,9 +129,10 @@ def main(  # noqa: PLR0913 - one parameter is one option
         seed: of measurements and samples.
         prior: a name or path for `load_prior`, "random", or a denoiser.
         chunk: the most samples that go through the network at once.
+        antithetic: samples come in pairs with opposite noise, see `Sampler`.
         kernels: see `named_tasks`.
     """
-    plan = Plan(samples=(samples,), crop=crop, worst=worst, seed=seed, chunk=chunk)
+    plan = Plan(samples=(samples,), crop=crop, worst=worst, seed=seed, chunk=chunk, antithetic=antithetic)
     if fitted < 0:
         raise ValueError(f"the number of photographs of calibration must not be negative, got fitted = {fitted}")
     before = [load_image(path, crop) for path in list_images(calibration)[-fitted:]] if fitted else []
@@ -145,7 +147,7 @@ def main(  # noqa: PLR0913 - one parameter is one option
     tables: dict[str, list[dict[str, Any]]] = {}
     chosen = [(name, task, e) for name, task in named_tasks(tasks, kernels).items() for e in entries]
     for name, task, entry in track(chosen, "tasks", transient=True):
-        asked = Asked(task.operator, task.sigma, samples, plan.levels[0])
+        asked = Asked(task.operator, task.sigma, samples, plan.levels[0], antithetic)
         row = kept(log, row_mark(str(task), entry, asked), lambda e=entry, t=task: setup.row(e, t))  # type: ignore[misc]
         tables.setdefault("Coverage", []).append({"task": name, **describe(entry), **row})
     given = {
@@ -153,6 +155,7 @@ def main(  # noqa: PLR0913 - one parameter is one option
         "folder": folder,
         "crop": crop,
         "samples": samples,
+        "antithetic": antithetic,
         "worst": worst,
         "seed": seed,
     }

@@ -25,6 +25,7 @@ from fewstep.bench.sets import COLUMNS, HALVES, PATCH, SetDistances
 from fewstep.bench.speed import centre_crop
 from fewstep.bench.tasks import Task, named_tasks, with_sigma
 from fewstep.calibrated import Asked, Verdict, judge
+from fewstep.core.checks import check_pairs
 from fewstep.core.denoiser import Denoiser
 from fewstep.core.files import read_header
 from fewstep.core.noise import mix
@@ -72,6 +73,7 @@ class Setup:
         seed: of measurements and samples.
         chunk: the most samples that go through the network at once.
         lpips_weights: see `metrics.lpips`.
+        antithetic: whether samples come in pairs with opposite noise.
         crop: edge of the centre crops; operators that do not take it get the largest square below.
     """
 
@@ -82,10 +84,11 @@ class Setup:
     chunk: int | None = None
     lpips_weights: str | Path | None = None
     crop: int = 256
+    antithetic: bool = False
 
     @property
     def nominal(self) -> float:
-        """The coverage that right samples would have: `level`, or (K - 1) / (K + 1) where K is too small for it."""
+        """The coverage that right independent samples would have: `level`, or (K - 1) / (K + 1) where K is too small."""
         return min(self.level, max(self.samples - 1, 0) / (self.samples + 1))
 
     def shape(self, task: Task) -> tuple[int, int, int]:
@@ -99,7 +102,7 @@ class Setup:
 
     def asked(self, task: Task) -> Asked:
         """Return the intervals that the table is about."""
-        return Asked(task.operator, task.sigma, self.samples, self.level)
+        return Asked(task.operator, task.sigma, self.samples, self.level, self.antithetic)
 
 
 def main(  # noqa: PLR0913 - one parameter is one option
@@ -117,6 +120,7 @@ def main(  # noqa: PLR0913 - one parameter is one option
     lpips_weights: str | Path | None = None,
     steps: Sequence[int] | None = None,
     chunk: int | None = None,
+    antithetic: bool = False,
     features: str | Path | None = None,
     kernels: str | Path | None = None,
 ) -> Report:
@@ -138,11 +142,21 @@ def main(  # noqa: PLR0913 - one parameter is one option
         steps: NFE budgets; methods as published where absent. A trained network of K calls per outer step uses the largest
             multiple of K that fits, and has no row at budgets below K.
         chunk: the most samples that go through the network at once.
+        antithetic: samples come in pairs with opposite noise, see `Sampler`, those of every method.
         features: mobilenet_v2.safetensors, see `metrics.mobilenet`: adds distances between the sets of samples and of truths.
         kernels: see `named_tasks`.
     """
     chosen = {name: with_sigma(task, sigma) for name, task in named_tasks(tasks, kernels).items()}
-    setup = Setup(resolve_prior(prior), samples, seed=seed, chunk=chunk, lpips_weights=lpips_weights, crop=crop)
+    check_pairs(samples, antithetic)
+    setup = Setup(
+        resolve_prior(prior),
+        samples,
+        seed=seed,
+        chunk=chunk,
+        lpips_weights=lpips_weights,
+        crop=crop,
+        antithetic=antithetic,
+    )
     entries = list(variants(methods, steps, every_preset=False))
     sets = None if features is None else SetDistances(mobilenet(features))
     if sets is not None and (small := [name for name, task in chosen.items() if min(setup.shape(task)[1:]) < PATCH]):
@@ -150,7 +164,7 @@ def main(  # noqa: PLR0913 - one parameter is one option
             f"the features are of patches of {PATCH} pixels, which do not fit the crops of {', '.join(small)}"
         )
     photos = Photo.all(list_photos(folder)[:limit])
-    settings = (setup.crop, setup.samples, setup.level, setup.seed, *_lpips_sources(setup))
+    settings = (setup.crop, setup.samples, setup.level, setup.seed, setup.antithetic, *_lpips_sources(setup))
     log = Log(None if out is None else Path(out).with_suffix(".jsonl"), fingerprint(setup.prior, *settings))
     for photo in track(photos, "images", transient=True):
         run_image(photo, chosen, entries, setup, log)
@@ -164,7 +178,7 @@ def main(  # noqa: PLR0913 - one parameter is one option
             "crop": crop,
             "steps": steps,
         },
-        **{"samples": samples, "seed": seed, "prior": str(prior)[:200], "level": setup.level},
+        **{"samples": samples, "antithetic": antithetic, "seed": seed, "prior": str(prior)[:200], "level": setup.level},
     }
     return Report("images", given, tables, (*notes(setup), *(sets.notes() if sets else ()))).finish(out)
 
@@ -175,8 +189,8 @@ def notes(setup: Setup) -> tuple[str, ...]:
         f"PSNR (dB), SSIM and LPIPS (AlexNet; VGG is LPIPS with VGG-16; lower is better) of the mean of {setup.samples} samples and "
         "of the first sample, averaged over the images.",
         f"coverage of the central {setup.level:.0%} intervals per pixel and channel; with K = {setup.samples} samples right "
-        f"intervals would hold {setup.nominal:.2f}. '{CALIBRATED}' is that of the intervals as stretched by the calibration that "
-        "lies beside a trained sampler, which aims at the level itself.",
+        f"intervals would hold {setup.nominal:.2f}{', antithetic ones a little more' * setup.antithetic}. '{CALIBRATED}' is that of "
+        "the intervals as stretched by the calibration that lies beside a trained sampler, which aims at the level itself.",
         "seconds are for all samples of one measurement, nfe, vjps and operator calls for one sample.",
         PeakMemory.note(),
         f"'{BASELINE}' is the image to beat: y itself, interpolated, or decoded.",
@@ -236,7 +250,13 @@ def method_row(
         if missing := entry.sampler.needs - likelihood.provides:
             return {"remark": f"not applicable: needs {', '.join(sorted(missing))}"}, None
         with PeakMemory() as memory:
-            samples = entry.sampler(Posterior(setup.prior, likelihood), setup.samples, seed=seed, chunk=setup.chunk)
+            samples = entry.sampler(
+                Posterior(setup.prior, likelihood),
+                setup.samples,
+                seed=seed,
+                chunk=setup.chunk,
+                antithetic=setup.antithetic,
+            )
         samples, truth = replace(samples, x=task.operator.framed(samples.x)), task.operator.framed(truth)
     except FAILURES as error:
         return {"remark": f"{FAILED}: {failed(error)}"}, None

@@ -122,5 +122,6 @@ def table(found: Calibrations) -> Table:
     out = Table("operator", "level", "samples", "photographs", "factor", box=None, pad_edge=False)
     for entry in found.entries:
         c = entry.calibration
-        out.add_row(escape(entry.name), f"{c.level:g}", str(c.num_samples), str(c.images), f"{c.factor:.3f}")
+        number = f"{c.num_samples}{' antithetic' * c.antithetic}"
+        out.add_row(escape(entry.name), f"{c.level:g}", number, str(c.images), f"{c.factor:.3f}")
     return out

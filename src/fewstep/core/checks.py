@@ -43,6 +43,12 @@ def check_counts(settings: Any, *names: str, least: int = 1) -> None:
         check_count(name, getattr(settings, name), least)
 
 
+def check_pairs(num_samples: int, antithetic: bool) -> None:
+    """Raise ValueError for an odd number of antithetic samples."""
+    if antithetic and num_samples % 2:
+        raise ValueError(f"antithetic samples come in pairs: their number must be even, got {num_samples}")
+
+
 def check_count(name: str, value: Any, least: int = 1) -> None:
     """Raise ValueError unless `value`, which goes by `name`, is a whole number from `least`."""
     if not isinstance(value, Integral) or isinstance(value, bool) or value < least:

@@ -11,11 +11,13 @@ import copy
 import math
 import operator
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from fewstep.core.batch import like
 
 T = TypeVar("T")
 
@@ -93,6 +95,64 @@ class Noise:
         return torch.stack(
             [torch.rand(shape, generator=g, dtype=self.dtype, device=g.device) for g in self._generators]
         ).to(self.device)
+
+
+class Antithetic(Noise):
+    """`Noise` in pairs: the second of two streams gives the negatives of the first's normals, and its uniforms mirrored.
+
+    Each stream by itself has the law that it has without; what falls to both cancels in their mean, as far as a sampler is
+    linear in its noise (Hammersley and Morton 1956).
+
+    Args:
+        seeds: one integer per item, the same for both of a pair.
+        mirrored: which items are the second of their pair.
+        dtype: dtype of what is drawn.
+        device: device of what is drawn.
+    """
+
+    def __init__(
+        self,
+        seeds: Sequence[int],
+        mirrored: Sequence[bool],
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__(seeds, dtype, device)
+        self._signs = torch.tensor([-1 if m else 1 for m in mirrored], device=self.device)
+
+    @classmethod
+    def spawn(
+        cls,
+        seeds: Sequence[int],
+        samples: range,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> Noise:
+        """See `Noise`; samples 2 j and 2 j + 1 are a pair, of which the first has the noise of sample j there."""
+        items = [(k, seed) for k in samples for seed in seeds]
+        return cls([mix(seed, k // 2) for k, seed in items], [k % 2 == 1 for k, _ in items], dtype, device)
+
+    def expand(self, k: int) -> Noise:
+        """See `Noise`; the pairs stay."""
+        seeds = [mix(seed, j) for j in range(k) for seed in self.seeds]
+        return type(self)(seeds, (self._signs < 0).tolist() * k, self.dtype, self.device)
+
+    def part(self, items: Sequence[int]) -> Noise:
+        """See `Noise`."""
+        twin = cast(Antithetic, super().part(items))
+        twin._signs = self._signs[list(items)]
+        return twin
+
+    def randn(self, *shape: int) -> Tensor:
+        """See `Noise`."""
+        drawn = super().randn(*shape)
+        return like(self._signs, drawn) * drawn
+
+    def rand(self, *shape: int) -> Tensor:
+        """See `Noise`."""
+        drawn = super().rand(*shape)
+        below_one = 1 - torch.finfo(self.dtype).eps / 2
+        return torch.where(like(self._signs, drawn) < 0, (1 - drawn).clamp_max(below_one), drawn)
 
 
 def mix(*words: int) -> int:

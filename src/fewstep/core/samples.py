@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -26,6 +26,7 @@ class Samples:
         method: repr of the sampler.
         seeds: one per measurement; sample k of measurement b depends on (seeds[b], k) and the measurement alone.
         first: index k of the first sample held here.
+        antithetic: whether samples 2 j and 2 j + 1 are a pair with opposite noise.
     """
 
     x: Tensor
@@ -34,6 +35,7 @@ class Samples:
     method: str
     seeds: tuple[int, ...]
     first: int = 0
+    antithetic: bool = False
 
     def __repr__(self) -> str:
         k, batch, *event = self.x.shape
@@ -57,8 +59,20 @@ class Samples:
 
     @property
     def std(self) -> Tensor:
-        """Sample standard deviation, (B, *event); needs K >= 2."""
-        return self._several("a standard deviation").std(0)
+        r"""Sample standard deviation, (B, *event); needs K >= 2.
+
+        Of antithetic samples it is that of one of them, from their pairs: with correlation rho within a pair, half the
+        difference has variance sigma^2 (1 - rho) / 2 and the mean sigma^2 (1 + rho) / 2. A single pair gives the first part only,
+        which is between half of the variance and all of it where rho <= 0. A sample without its partner is left out.
+        """
+        if not self.antithetic:
+            return self._several("a standard deviation").std(0)
+        x = self.x[self.first % 2 :]
+        pairs = x[: len(x) // 2 * 2].unflatten(0, (-1, 2))
+        if not len(pairs):
+            raise ValueError("a standard deviation of antithetic samples needs a pair of them")
+        within = (pairs[:, 0] - pairs[:, 1]).square().mean(0) / 4
+        return (within + pairs.mean(1).var(0)).sqrt() if len(pairs) > 1 else within.sqrt()
 
     def quantile(self, q: float | Sequence[float]) -> Tensor:
         """Return empirical quantiles over the samples, (B, *event) or (len(q), B, *event); needs K >= 2.
@@ -74,7 +88,9 @@ class Samples:
         """Return the ends of the central interval of probability `level` per coordinate, (B, *event) each.
 
         The ends are taken at the quantiles (K + 1)(1 -+ level) / 2 of the order statistics, so that a further draw of the
-        same law lies inside with probability `level`; where K is too small for that, at the extremes.
+        same law lies inside with probability `level`; where K is too small for that, at the extremes. Of antithetic samples
+        it lies inside a little more often: with pairs that are mirror images, with probability
+        1 - (1 - level) (K + 1) / (K + 2), and between the extremes with K / (K + 2) instead of (K - 1) / (K + 1).
         """
         if not 0 < level < 1:
             raise ValueError(f"level must lie in (0, 1), got {level}")
@@ -93,6 +109,7 @@ class Samples:
             "method": self.method,
             "seeds": json.dumps(self.seeds),
             "first": str(self.first),
+            "antithetic": json.dumps(self.antithetic),
             "counts": json.dumps(vars(self.counts)),
             "seconds": str(self.seconds),
         }
@@ -123,7 +140,8 @@ class Samples:
         if header.get("format") != "fewstep.samples":
             raise ValueError(f"{path} is not a file of samples")
         counts, seeds = Counts(**json.loads(header["counts"])), tuple(json.loads(header["seeds"]))
-        return cls(x, counts, float(header["seconds"]), header["method"], seeds, int(header["first"]))
+        antithetic = bool(json.loads(header.get("antithetic", "false")))  # files of earlier versions do not say it
+        return cls(x, counts, float(header["seconds"]), header["method"], seeds, int(header["first"]), antithetic)
 
     @classmethod
     def concatenate(cls, parts: Sequence[Samples]) -> Samples:
@@ -131,7 +149,7 @@ class Samples:
         head = parts[0]
         x = torch.cat([p.x for p in parts]) if len(parts) > 1 else head.x
         counts = Counts.mean([(p.counts, p.num_samples) for p in parts])
-        return cls(x, counts, sum(p.seconds for p in parts), head.method, head.seeds, head.first)
+        return replace(head, x=x, counts=counts, seconds=sum(p.seconds for p in parts))
 
     def _several(self, what: str) -> Tensor:
         if self.num_samples < 2:

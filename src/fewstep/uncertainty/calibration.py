@@ -41,6 +41,7 @@ class Calibration:
         images: n.
         patch: side of the square patches whose means are covered; 1 for pixels.
         floor: added to both half widths, in the coordinates of the samples, so that samples that agree can be stretched too.
+        antithetic: whether the samples were, see `Samples`; intervals from others are others.
         worst: the loss of an image is min(L, worst); below 1 the promise is E min(L, worst) <= 1 - level, which is weaker on
             images that are missed altogether but is kept with fewer images and less excess width.
     """
@@ -52,6 +53,7 @@ class Calibration:
     patch: int = 1
     floor: float = HALF_GREY
     worst: float = 1.0
+    antithetic: bool = False
 
     @classmethod
     def fit(
@@ -75,28 +77,30 @@ class Calibration:
             raise ValueError(f"needs a positive floor, got {floor}")
         least = least_images(level, worst)
         scores: list[Tensor] = []
-        counts: set[int] = set()
+        kinds: set[tuple[int, bool]] = set()
         blank = cls(level, 1.0, 0, 0, patch, floor, worst)
         for samples, truth in pairs:
-            counts.add(samples.num_samples)
+            kinds.add((samples.num_samples, samples.antithetic))
             scores += [image.flatten().sort().values for image in blank._scores(samples, truth)]
         if len(scores) < least:
             raise ValueError(
                 f"{100 * level:.4g}% intervals need {least} images at least to calibrate on, got {len(scores)}"
             )
-        if len(counts) != 1:
-            raise ValueError(f"all images need the same number of samples, got {sorted(counts)}")
+        if len(kinds) != 1:
+            raise ValueError(f"all images need the same number of samples, got {_listed(kinds)}")
+        num_samples, antithetic = kinds.pop()
         factor = _control(scores, 1 - level, worst) * (1 + 1e-6)  # rounding must not uncover what lies on the edge
-        return replace(blank, factor=factor, num_samples=counts.pop(), images=len(scores))
+        return replace(blank, factor=factor, num_samples=num_samples, images=len(scores), antithetic=antithetic)
 
     def apply(self, samples: Samples) -> tuple[Tensor, Tensor]:
         """Return the calibrated ends, (B, *event) each, or (B, C, H // patch, W // patch) for patches.
 
         Raises:
-            ValueError: another K than that of the calibration.
+            ValueError: another K than that of the calibration, or antithetic samples where those were not, or the reverse.
         """
-        if samples.num_samples != self.num_samples:
-            raise ValueError(f"calibrated for {self.num_samples} samples per image, got {samples.num_samples}")
+        mine, given = (self.num_samples, self.antithetic), (samples.num_samples, samples.antithetic)
+        if given != mine:
+            raise ValueError(f"calibrated for {_listed([mine])} samples per image, got {_listed([given])}")
         centre, below, above = self._interval(samples)
         return centre - self.factor * below, centre + self.factor * above
 
@@ -108,10 +112,13 @@ class Calibration:
     def from_json(cls, values: Mapping[str, Any]) -> Self:
         """Return what `to_json` was made of; ValueError where it is something else."""
         names = {field.name for field in fields(cls)}
+        values = {"antithetic": False, **values}  # files of earlier versions do not say it
         if values.get("format") != FORMAT or values.keys() != names | {"format"}:
             raise ValueError(f"not a calibration: {', '.join(sorted(values)) or 'empty'}")
-        if bad := [name for name in names if not is_finite(values[name])]:
+        if bad := [name for name in names - {"antithetic"} if not is_finite(values[name])]:
             raise ValueError(f"not a calibration: {', '.join(sorted(bad))} must be finite numbers")
+        if not isinstance(values["antithetic"], bool):
+            raise ValueError(f"not a calibration: antithetic must be true or false, got {values['antithetic']!r}")
         return cls(**{name: values[name] for name in names})
 
     def _interval(self, samples: Samples) -> tuple[Tensor, Tensor, Tensor]:
@@ -159,6 +166,11 @@ def patch_means(x: Tensor, patch: int) -> Tensor:
         raise ValueError(f"patches of {patch} pixels do not fit {tuple(x.shape)}")
     small = torch.nn.functional.avg_pool2d(x.reshape(-1, *x.shape[-3:]), patch)
     return small.reshape(*x.shape[:-2], *small.shape[-2:])
+
+
+def _listed(kinds: Iterable[tuple[int, bool]]) -> str:
+    """Return numbers of samples, with "antithetic" behind those that are."""
+    return ", ".join(f"{k} antithetic" if antithetic else str(k) for k, antithetic in sorted(kinds))
 
 
 def _control(scores: list[Tensor], alpha: float, worst: float) -> float:
