@@ -229,3 +229,16 @@ def test_what_failed_or_had_no_lpips_is_run_again(folder, given, tmp_path, monke
     assert run() and not calls
     monkeypatch.setattr(images, "_lpips_sources", lambda setup: ["elsewhere", "none"])
     assert run() and len(calls) == 1
+
+
+def test_antithetic_samples_have_rows_of_their_own(folder, given, tmp_path):
+    given, out = {**given, "limit": 2, "out": tmp_path / "out.json"}, tmp_path / "out.json"
+    (alone,), (pairs,) = (
+        [t[1] for t in images.main(folder, **given, antithetic=antithetic).tables.values()]
+        for antithetic in (False, True)
+    )
+    assert pairs["PSNR sample"] == alone["PSNR sample"] and pairs["PSNR mean"] != alone["PSNR mean"]
+    found = json.loads(out.read_text())
+    assert found["settings"]["antithetic"] and "0.33, antithetic ones a little more." in " ".join(found["notes"])
+    with pytest.raises(ValueError, match="their number must be even, got 3"):
+        images.main(folder, **{**given, "samples": 3}, antithetic=True)

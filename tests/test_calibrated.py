@@ -18,7 +18,7 @@ from fewstep.bench import calibration as bench
 from fewstep.bench.common import Variant
 from fewstep.bench.log import Log
 from fewstep.bench.tasks import Task
-from fewstep.calibrated import FILE, Asked, Calibrations, Plan, calibrate, judge, kinds_of, simulated
+from fewstep.calibrated import FILE, Asked, Calibrations, Entry, Plan, calibrate, judge, kinds_of, simulated
 from fewstep.commands import calibrating
 from fewstep.commands.calibrating import families_of
 from fewstep.commands.restoring import _notes
@@ -30,6 +30,7 @@ from fewstep.methods.ud2m import UD2M
 from fewstep.operators.words import Jpeg, get_operator
 from fewstep.priors.unet import UNetConfig, UNetDenoiser
 from fewstep.restore import Settings, restore
+from fewstep.uncertainty import Calibration
 from fewstep.unfolded.decoders import AdaptedDecoder
 from fewstep.unfolded.levels import LevelConfig
 from fewstep.unfolded.network import UnfoldedConfig, UnfoldedNetwork
@@ -514,3 +515,18 @@ def test_the_figures_of_the_benchmark_by_hand():
     assert (row["width"], row["error"], row["right"]) == pytest.approx((0.1, (0.1 + 1 / 255) / 2, 0.5), abs=1e-6)
     list(simulated(sampler, PixelPrior(), grey, [bench.exactly(task)], plan))
     assert set(sampler.seeds[:2]).isdisjoint(sampler.seeds[2:])  # of measurement and of calibration
+
+
+def test_antithetic_samples_are_calibrated_apart():
+    sampler, plan = Scripted(), replace(PLAN, antithetic=True)
+    asked = Asked(get_operator("denoise")(), 0.1, SAMPLES, 0.9, antithetic=True)
+    entries = tuple(Entry("denoise", {}, Calibration(0.9, f, SAMPLES, 32, antithetic=f > 1)) for f in (1.0, 2.0))
+    found = Calibrations("", {}, 8, (Family("denoise", sigma=0.1),), entries)
+    assert found.find(asked).calibration.factor == 2.0
+    assert found.find(asked._replace(antithetic=False)).calibration.factor == 1.0
+    both = replace(found, entries=entries[:1]).joined(replace(found, entries=entries[1:]))
+    assert len(both.entries) == 2
+    verdict = replace(found, entries=entries[1:]).verdict(sampler, asked._replace(antithetic=False))
+    assert f"denoise is calibrated for {SAMPLES} antithetic samples at level 0.9" in verdict.text
+    with pytest.raises(ValueError, match="their number must be even, got 3"):
+        replace(plan, samples=(3,))

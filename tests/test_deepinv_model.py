@@ -74,6 +74,12 @@ def test_it_is_the_mean_of_the_samples_of_the_library():
     torch.testing.assert_close(model(y, operator), expected)
     trained = model.train()(y, operator)  # the other way of drawing gives the same samples
     torch.testing.assert_close(trained.clamp(0, 1), expected)
+    pair = fewstep.as_deepinv(sampler, prior, 2, seed=5, antithetic=True)
+    expected = ((sampler(problem, 2, seed=5, antithetic=True).x.mean(0) + 1) / 2).clamp(0, 1)
+    torch.testing.assert_close(pair(y, operator), expected)
+    torch.testing.assert_close(pair.train()(y, operator).clamp(0, 1), expected)
+    with pytest.raises(ValueError, match="their number must be even, got 3"):
+        fewstep.as_deepinv(sampler, prior, 3, antithetic=True)
     prior_only = fewstep.as_deepinv(fewstep.get("diffpir")(steps=2), prior)
     assert prior_only(y, operator).shape == (2, *SHAPE)
 

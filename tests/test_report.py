@@ -7,7 +7,7 @@ import re
 import torch
 
 from fewstep.core.reference import Reference
-from fewstep.report import Map, Picture, Report, busiest, crop_figure, render, shrink
+from fewstep.report import CROP, Map, Picture, Report, busiest, crop_figure, render, shrink
 
 REFERENCE = Reference("A <Title>", "Doe, Jane and Roe, Rick", 2024, "Venue", "2401.00001")
 
@@ -67,3 +67,6 @@ def test_shrink_and_crop():
     rows, columns = busiest(field)
     assert field[rows, columns].sum() == 3600 and field[rows, columns].shape == (96, 96)
     assert busiest(torch.rand(5, 7)) == (slice(0, 5), slice(0, 7))
+    at_the_edge = torch.zeros(203, 203)
+    at_the_edge[196:, 196:] = 1
+    assert busiest(at_the_edge) == (slice(203 - CROP, 203), slice(203 - CROP, 203))

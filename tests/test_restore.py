@@ -66,6 +66,21 @@ def test_outputs(tmp_path):
     assert "psnr_mean" not in record and not (tmp_path / "out" / "truth.png").exists()
 
 
+def test_antithetic_samples(tmp_path):
+    result = run(write_png(tmp_path), tmp_path, samples=4, antithetic=True, simulate=True)
+    assert result.record["antithetic"] and Samples.load(tmp_path / "out").antithetic
+    unit = ((Samples.load(tmp_path / "out").x + 1) / 2).clamp(0, 1)
+    first, second = unit[0::2], unit[1::2]
+    variance = (first - second).square().mean(0) / 4 + ((first + second) / 2).var(0)
+    assert torch.allclose(result.summary.std, variance.sqrt(), atol=1e-6)
+    report = (tmp_path / "out" / "report.html").read_text()
+    assert "4 antithetic samples by latino" in report and "--samples 4 --antithetic --simulate" in report
+    alone = run(write_png(tmp_path), tmp_path, samples=4, simulate=True)
+    assert not alone.record["antithetic"] and not Samples.load(tmp_path / "out").antithetic
+    with pytest.raises(ValueError, match="their number must be even, got 3"):
+        run(write_png(tmp_path), tmp_path, antithetic=True)
+
+
 def test_the_default_is_the_trained_sampler_of_the_prior(tmp_path):
     blur, jpeg = words.DeblurGaussian(), words.Jpeg()
     assert (
@@ -389,7 +404,8 @@ def test_the_command_repeats_the_run(tmp_path):
     assert words[:3] == ["fewstep", "restore", str(tmp_path / "a b.png")]
     for pair in (["--factor", "2"], ["--set", "steps=4"], ["--seed", "3"], ["--samples", "3"], ["--sigma", "0.1"]):
         assert any(words[i : i + 2] == pair for i in range(len(words)))
-    assert words[-1] == "--simulate" and not {"--device", "--lpips-weights"} & set(words)
+    assert words[words.index("--simulate") + 1].startswith("--") and "True" not in words
+    assert not {"--device", "--lpips-weights", "--antithetic"} & set(words)
     chosen = settings(device="cpu", lpips_weights="weights/lpips.pth")
     words = shlex.split(command_line(tmp_path / "a.png", tmp_path, chosen))
     for pair in (["--device", "cpu"], ["--lpips-weights", "weights/lpips.pth"]):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -46,7 +48,13 @@ def test_statistics_in_strips(tmp_path, monkeypatch, strip):
 
 def test_half_precision(tmp_path):
     assert torch.allclose(write(tmp_path, torch.float16).mean, X.mean(0), atol=2e-3)
-    assert torch.equal(Samples.load(tmp_path).x, X.half())
+    found = Samples.load(tmp_path)
+    assert torch.equal(found.x, X.half())
+    single = replace(found, x=found.x.float())
+    for name in ("mean", "std"):
+        assert torch.equal(getattr(found, name), getattr(single, name))
+    assert all(map(torch.equal, found.interval(0.5), single.interval(0.5)))
+    assert torch.equal(replace(found, antithetic=True).std, replace(single, antithetic=True).std)
 
 
 @pytest.mark.parametrize(("error", "kept"), [(KeyboardInterrupt, True), (OSError, False)])

@@ -126,9 +126,12 @@ def busiest(field: Tensor, side: int = CROP) -> tuple[slice, slice]:
     """Return the rows and columns of the square of (at most) `side` pixels where the mean of `field`, (H, W), is largest."""
     height, width = (min(side, n) for n in field.shape)
     stride = max(1, side // 8)
-    means = F.avg_pool2d(field[None, None].float(), (height, width), stride)[0, 0]
+    beyond = [(size - n) % stride for n, size in zip(field.shape, (height, width), strict=True)]
+    padded = F.pad(field[None, None].float(), (0, beyond[1], 0, beyond[0]))  # or squares would miss the last few pixels
+    means = F.avg_pool2d(padded, (height, width), stride)[0, 0]
     row, column = divmod(int(means.argmax()), means.shape[1])
-    return slice(row * stride, row * stride + height), slice(column * stride, column * stride + width)
+    top, left = min(row * stride, field.shape[0] - height), min(column * stride, field.shape[1] - width)
+    return slice(top, top + height), slice(left, left + width)
 
 
 def map_figure(item: Map) -> bytes:

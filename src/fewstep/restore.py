@@ -328,7 +328,8 @@ class _Run:
             ]
         report = Report(
             title=f"{self.task.photo.path.name}, restored",
-            lead=f"{record['num_samples']} samples by {self.chosen.method} under {record['operator']['description']}",
+            lead=f"{record['num_samples']}{' antithetic' * self.chosen.antithetic} samples by {self.chosen.method} "
+            f"under {record['operator']['description']}",
             pictures=pictures,
             maps=maps,
             table={k: v for k, v in record.items() if v not in (None, [], {})},

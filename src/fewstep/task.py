@@ -33,7 +33,7 @@ TRAINED, UNTRAINED = "ud2m", "latino"  # default methods for a prior with and wi
 DEFAULT_PRIOR = "natural"
 PHOTO, PAPER = "photo", "paper"  # a method's settings for photographs, where it has some, go before the paper's
 QUANTISATION = 1 / 255 / math.sqrt(12)  # standard deviation of the rounding to 8 bits
-OTHERWISE = ("method", "method_fields", "operator_fields", "simulate")  # settings that no "--name value" gives
+OTHERWISE = ("method", "method_fields", "operator_fields")  # settings that no "--name" of their own gives
 JPEG = "jpeg"  # the operator of a photograph that is itself a JPEG file
 
 
@@ -222,12 +222,13 @@ def command_line(path: Path, out: Path, chosen: Settings) -> str:
     for option in fields(chosen):
         value = getattr(chosen, option.name)
         if option.name not in OTHERWISE and value is not None and value != option.default:
-            words += [f"--{option.name.replace('_', '-')}", str(value)]
+            flag = f"--{option.name.replace('_', '-')}"
+            words += [flag] if value is True else [flag, str(value)]
     for name, value in chosen.operator_fields.items():
         words += [f"--{name.replace('_', '-')}", str(value)]
     for name, value in chosen.method_fields.items():
         words += ["--set", f"{name}={value}"]
-    return shlex.join([*words, *(["--simulate"] if chosen.simulate else [])])
+    return shlex.join(words)
 
 
 def word_of(photo: Photo, chosen: Settings) -> Operator:

@@ -55,7 +55,7 @@ class Samples:
     @property
     def mean(self) -> Tensor:
         """Sample mean, (B, *event); of one sample it is that sample."""
-        return self.x.mean(0)
+        return wide(self.x).mean(0)
 
     @property
     def std(self) -> Tensor:
@@ -66,8 +66,8 @@ class Samples:
         which is between half of the variance and all of it where rho <= 0. A sample without its partner is left out.
         """
         if not self.antithetic:
-            return self._several("a standard deviation").std(0)
-        x = self.x[self.first % 2 :]
+            return wide(self._several("a standard deviation")).std(0)
+        x = wide(self.x[self.first % 2 :])
         pairs = x[: len(x) // 2 * 2].unflatten(0, (-1, 2))
         if not len(pairs):
             raise ValueError("a standard deviation of antithetic samples needs a pair of them")
@@ -80,8 +80,8 @@ class Samples:
         Computed in slices of the event, so that memory stays bounded for large images.
         """
         x = self._several("a quantile").flatten(1)
-        level = torch.as_tensor(q, dtype=x.dtype, device=x.device)
-        parts = [torch.quantile(part, level, dim=0) for part in x.split(1 << 20, dim=1)]
+        level = torch.as_tensor(q, dtype=wide(x[:0]).dtype, device=x.device)
+        parts = [torch.quantile(wide(part), level, dim=0) for part in x.split(1 << 20, dim=1)]
         return torch.cat(parts, -1).reshape(*level.shape, *self.x.shape[1:])
 
     def interval(self, level: float = 0.9) -> tuple[Tensor, Tensor]:
@@ -155,3 +155,8 @@ class Samples:
         if self.num_samples < 2:
             raise ValueError(f"{what} needs at least 2 samples, got {self.num_samples}")
         return self.x
+
+
+def wide(x: Tensor) -> Tensor:
+    """Return half-precision numbers, which large images are stored in, in single precision; others as they are."""
+    return x.float() if x.dtype.itemsize < 4 else x
