@@ -14,6 +14,7 @@ from PIL import Image
 from rich.console import Console
 
 import fewstep.restore as restoring
+from fewstep import calibrated
 from fewstep.bench import calibration as bench
 from fewstep.bench.common import Variant
 from fewstep.bench.log import Log
@@ -246,6 +247,15 @@ def test_calibrations_join_those_of_the_same_sampler_only(found):
     for change in ({"crop": 99}, {"outer": {}}, {"sha256": "0"}, {"families": FAMILIES[:1]}):
         with pytest.raises(ValueError, match=f"another {next(iter(change))}"):
             found.joined(replace(found, **change))
+
+
+def test_times_of_a_sampler_are_those_of_a_file(found, sampler):
+    timed = replace(sampler, grid=(1.0, 0.5, 0.2, 0.0))
+    outer = calibrated.outer(timed)
+    assert outer == json.loads(json.dumps(outer)) and outer["grid"] == [1.0, 0.5, 0.2, 0.0]
+    first = replace(found, outer=outer)
+    first.save(sampler.folder)
+    assert len(first.joined(Calibrations.load(sampler.folder)).entries) == len(found.entries)
 
 
 def replace_level(entry, level):

@@ -141,3 +141,6 @@ def test_mode_weights_and_their_errors():
     for bad in ((modes, 3), (modes[:, None], 4), (modes, 4, torch.zeros(3))):
         with pytest.raises(ValueError, match="expected"):
             metrics.mode_weights(*bad)
+    for value in (-torch.inf, torch.nan):
+        with pytest.raises(ValueError, match="must not be NaN or all -inf"):
+            metrics.mode_weights(modes, 4, torch.full((1000,), value))

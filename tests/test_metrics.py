@@ -217,6 +217,16 @@ def test_energy_distance_in_one_dimension():
 
 
 @pytest.mark.parametrize("distance", [metrics.mmd, metrics.energy_distance])
+@pytest.mark.parametrize("conditional", [False, True])
+def test_two_sample_distances_keep_their_digits_far_from_the_origin(distance, conditional):
+    a, b = rows(1, 50, 3).double(), rows(2, 50, 3, 0.5).double()
+    near, far = (
+        distance(a + at, b + at, given=rows(3, 50, 2).double() + at if conditional else None) for at in (0.0, 1e8)
+    )
+    assert far == pytest.approx(near, rel=1e-6)
+
+
+@pytest.mark.parametrize("distance", [metrics.mmd, metrics.energy_distance])
 def test_two_sample_distances_find_a_shift_and_are_calm_without_one(distance):
     value, error = distance(rows(0), rows(1))
     assert abs(value) < 4 * error

@@ -258,6 +258,16 @@ def test_a_reference_is_drawn_to_the_measurement_by_its_precision_and_looks_from
         torch.testing.assert_close(tarp_references(likelihood, seed, rho=2.0), (shrink * z).expand(3, 2))
 
 
+@pytest.mark.parametrize("broken", ["samples", "truth"])
+def test_what_is_not_finite_has_no_rank(broken):
+    values = {"samples": torch.zeros(4, 3, 2), "truth": torch.ones(3, 2)}
+    values[broken][..., 0] = torch.nan
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        sbc_ranks(**values)
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        tarp_ranks(**values, references=torch.zeros(3, 2))
+
+
 def test_p_values_are_uniform_where_ranks_are():
     ranks = torch.randint(0, 20, (400, 3000), generator=torch.Generator().manual_seed(0))
     p = uniformity(ranks, 19, bins=7)  # bins of unequal width

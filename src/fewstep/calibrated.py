@@ -369,8 +369,8 @@ def simulated(
 
 
 def outer(sampler: UnfoldedSampler) -> dict[str, Any]:
-    """Return the settings of the outer steps."""
-    return {name: getattr(sampler, name) for name in OUTER}
+    """Return the settings of the outer steps, as JSON has them."""
+    return {name: _listed(getattr(sampler, name)) for name in OUTER}
 
 
 def _flag(outside: Sequence[str]) -> str:

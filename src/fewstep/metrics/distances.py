@@ -78,15 +78,18 @@ def _root(x: Tensor) -> Tensor:
 
 
 def _joined(a: Tensor, b: Tensor, given: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return both sets in double precision with `given` appended to their rows."""
+    """Return both sets in double precision, moved to where the second lies, with `given` appended to their rows."""
     if a.shape != b.shape:
         raise ValueError(f"a standard error needs two sets of one size, got {tuple(a.shape)} and {tuple(b.shape)}")
     check_sets(a, b, rows=5)
+    a, b = a.double(), b.double()
+    centre = b.mean(0)  # distances by matrix products lose their digits far from the origin
     if given is None:
-        return a.double(), b.double()
+        return a - centre, b - centre
     if given.ndim != 2 or len(given) != len(a):
         raise ValueError(f"expected one row of `given` per row, {len(a)}, got {tuple(given.shape)}")
-    return torch.cat([a, given.to(a)], 1).double(), torch.cat([b, given.to(b)], 1).double()
+    given = given.to(b) - given.to(b).mean(0)
+    return torch.cat([a - centre, given], 1), torch.cat([b - centre, given], 1)
 
 
 def u_statistic(h: Tensor) -> tuple[float, float]:

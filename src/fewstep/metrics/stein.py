@@ -51,7 +51,7 @@ def mode_weights(modes: Tensor, count: int, log_weights: Tensor | None = None) -
         log_weights: importance weights of independent samples, (N,), where there are any.
 
     Raises:
-        ValueError: a mode outside the range, or shapes that do not fit.
+        ValueError: a mode outside the range, shapes that do not fit, or no draw with a positive weight.
     """
     if modes.ndim != 1 or int(modes.min()) < 0 or int(modes.max()) >= count:
         raise ValueError(f"expected modes (N,) from 0 to {count - 1}, got {tuple(modes.shape)}")
@@ -59,6 +59,8 @@ def mode_weights(modes: Tensor, count: int, log_weights: Tensor | None = None) -
     if share.shape != modes.shape:
         raise ValueError(f"expected log-weights {tuple(modes.shape)}, got {tuple(share.shape)}")
     share = share.softmax(0)[:, None]
+    if bool(share.isnan().any()):
+        raise ValueError("log-weights must not be NaN or all -inf")
     hits = (modes.cpu()[:, None] == torch.arange(count)).double()
     mean = (share * hits).sum(0)
     return mean, (share * (hits - mean)).square().sum(0).sqrt()

@@ -9,7 +9,7 @@ of f(truth) among f(samples) is uniform on 0..K; of discrete x it is not. What a
 * the distance to a reference point (TARP, Lemos et al. 2023, arXiv:2302.03026): the share of ranks below j is the coverage of balls
   around it that hold j / (K + 1) of the samples. It sees that one only if the point depends on y, as `tarp_references` does.
 
-The B truths must be independent, the K samples of one problem independent of each other; a uniform rank proves no more than that f
+The B truths must be independent, the K samples of one problem independent of each other (not antithetic); a uniform rank proves no more than that f
 is calibrated on average over the prior.
 """
 
@@ -36,10 +36,12 @@ def sbc_ranks(samples: Tensor, truth: Tensor) -> Tensor:
     """Return how many samples lie below the truth, (K, B, *event) and (B, *event) -> (B, *event), integers 0..K.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes that do not fit, or numbers that are not finite and so have no rank.
     """
     if samples.shape[1:] != truth.shape:
         raise ValueError(f"samples {tuple(samples.shape)} do not fit truths {tuple(truth.shape)}")
+    if not bool(torch.isfinite(samples).all() and torch.isfinite(truth).all()):
+        raise ValueError("samples or truths hold NaN or infinite values")
     return (samples < truth).sum(0)
 
 
