@@ -16,6 +16,7 @@ from scipy.ndimage import gaussian_filter
 from fewstep.core.noise import Noise
 from fewstep.operators import kernels, words
 from fewstep.operators.estimate import estimate_sigma
+from fewstep.operators.grey import in_colour
 from fewstep.operators.image import deepinv_physics, from_unit, image_likelihood, to_unit
 from fewstep.operators.words import get_operator, operators
 from fewstep.testing.likelihood import check_adjoint, check_prox
@@ -369,3 +370,41 @@ def test_an_operator_with_a_constant_part_is_refused():
 
     with pytest.raises(ValueError, match=r"Offset is not linear: A\(0\) reaches 1"):
         image_likelihood(torch.rand(1, 1, 8, 8), Offset(), 0.1)
+
+
+# ---- rounding ---------------------------------------------------------------------------------------------------------
+
+SHARP = {
+    "sr2": (words.SuperResolution(factor=2), 0.005),
+    "sr4": (words.SuperResolution(factor=4), 0.02),
+    "blur": (words.DeblurGaussian(), 0.02),
+    "motion": (words.DeblurMotion(), 0.01),
+    "random": (words.InpaintRandom(), 0.025),
+    "jpeg": (words.Jpeg(quality=60, step_std=0.2), 0.0),
+}
+
+
+def in_both_precisions(operator, y, shape, sigma):
+    for dtype in (torch.float32, F64):
+        if isinstance(y, torch.Tensor):
+            yield operator.likelihood(y.to(dtype), shape, sigma)
+        else:
+            yield operator.likelihood(y, shape, dtype=dtype)
+
+
+@pytest.mark.parametrize("rho", [1.0, 152.0])  # the largest noise ratio that a shipped schedule starts from
+@pytest.mark.parametrize("grey", [False, True], ids=["colour", "grey"])
+@pytest.mark.parametrize("name", SHARP)
+def test_proximal_steps_from_pure_noise_are_those_of_double_precision(name, grey, rho):
+    operator, sigma = SHARP[name]
+    g = torch.Generator().manual_seed(0)
+    x = torch.nn.functional.interpolate(torch.rand(1, 3, 6, 8, generator=g), (48, 64), mode="bicubic").clamp(0, 1)
+    x = x[:, :1] if grey else x
+    single, double = in_both_precisions(operator, operator.simulate(x, sigma, seed=1), x.shape[1:], sigma)
+    if grey:
+        single, double = in_colour(single), in_colour(double)
+    z = 0.1 * torch.randn(1, *single.event_shape, generator=g)
+    truth = double.prox(z.double(), rho)
+    found, moved = single.prox(z, rho), float((truth - z).abs().mean())
+    assert found.dtype == torch.float32
+    assert float((found - truth).abs().mean()) < 1e-3 * moved

@@ -169,12 +169,14 @@ class GaussianLikelihood(Likelihood):
     def back_project(self, r: Tensor, rho: Tensor | float) -> Tensor:
         """Return A' (rho^2 A A' + sigma^2 I)^-1 r, (N, *measurement) -> (N, *event).
 
-        As (rho^2 A'A + sigma^2 I)^-1 A' r, which does not cancel however large rho is.
+        Through the closed form, see `Spectrum.pull_back`, or as (rho^2 A'A + sigma^2 I)^-1 A' r.
         """
-        back = self.A_adjoint(r)
-        real = back.real if back.is_complex() else back
-        square = torch.as_tensor(rho, dtype=self.sigma.dtype, device=self.sigma.device) ** 2
-        return self.solve(back, rho) / like(self.sigma**2 * square, real)
+        prior = torch.as_tensor(rho, dtype=self.sigma.dtype, device=self.sigma.device) ** 2
+        noise, prior = (self._shaped(a) for a in (self.sigma**2, prior))
+        if self.spectrum is None:
+            return self.solve(self.A_adjoint(r), rho) / (noise * prior)
+        self.counts.operator += 1
+        return self.spectrum.pull_back(lambda s: 1 / (s.square() * prior + noise), r, self.A_adjoint)
 
     def spectral(self, f: Function, v: Tensor) -> Tensor:
         """Return f(sqrt(A'A)) v through the closed form; needs "svd"."""
@@ -222,8 +224,12 @@ class GaussianLikelihood(Likelihood):
 
     def _prox(self, y: Tensor, z: Tensor, rho: Tensor | float) -> Tensor:
         # in the form z + correction: the correction is small where z already fits, and so is its rounding
-        correction = self.A_adjoint(y - self.A(z)) / like(self.sigma**2, z.real if z.is_complex() else z)
-        return z + self.solve(correction, rho)
+        square = torch.as_tensor(rho, dtype=self.sigma.dtype, device=self.sigma.device) ** 2
+        return z + self._shaped(square) * self.back_project(y - self.A(z), rho)
+
+    def _shaped(self, a: Tensor) -> Tensor:
+        """Return constants, () or (N,), as they go with items, (N, 1, ..., 1)."""
+        return a.reshape(-1, *[1] * len(self.event_shape)) if a.ndim else a
 
 
 def noise_levels(sigma: Tensor | float, y: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 Function = Callable[[Tensor], Tensor]
+Adjoint = Callable[[Tensor], Tensor]
 
 
 class Spectrum(ABC):
@@ -29,6 +30,14 @@ class Spectrum(ABC):
     @abstractmethod
     def apply(self, f: Function, v: Tensor) -> Tensor:
         """Return f(sqrt(A'A)) v, (N, *event) -> (N, *event); the null space is multiplied by f(0)."""
+
+    def pull_back(self, f: Function, r: Tensor, adjoint: Adjoint) -> Tensor:
+        """Return A' f(sqrt(AA')) r, (N, *measurement) -> (N, *event), as f(sqrt(A'A)) A'r; `adjoint` is A'.
+
+        It has no part in the null space, where f may be huge: what rounding leaves there is dropped. A spectrum that knows the
+        left singular vectors too applies A' last, so that small singular values do not magnify the rounding of A'r either.
+        """
+        return self.apply(lambda s: torch.where(s > 0, f(s), 0.0), adjoint(r))
 
     @abstractmethod
     def repeat(self, k: int) -> Spectrum:
@@ -63,6 +72,11 @@ class FourierSpectrum(Spectrum):
         """See `Spectrum`."""
         return torch.fft.irfft2(f(self.transfer.abs()) * torch.fft.rfft2(v), s=v.shape[-2:])
 
+    def pull_back(self, f: Function, r: Tensor, adjoint: Adjoint) -> Tensor:
+        """See `Spectrum`."""
+        moved = self.transfer.conj() * f(self.transfer.abs()) * torch.fft.rfft2(r)
+        return torch.fft.irfft2(moved, s=r.shape[-2:])
+
     def repeat(self, k: int) -> Spectrum:
         """See `Spectrum`."""
         return FourierSpectrum(_repeat(self.transfer, k))
@@ -86,15 +100,21 @@ class DecimatedSpectrum(Spectrum):
     def apply(self, f: Function, v: Tensor) -> Tensor:
         """See `Spectrum`."""
         h, x = self._blocks(self.transfer), self._blocks(torch.fft.fft2(v))
-        size = torch.linalg.vector_norm(h, dim=(-4, -2), keepdim=True)
+        size = self._size(h)
         unit = h.conj() / size.clamp_min(torch.finfo(size.dtype).tiny)
         along = (unit.conj() * x).sum((-4, -2), keepdim=True)
-        # per-item constants in f are (N, 1, 1, 1): hand over s as (., C, H/f, W/f)
-        s = (size / self.factor).squeeze(-2).squeeze(-3)
+        s = self._values(size)
         null = f(torch.zeros_like(s))
         grow = self._grow
         out = grow(null) * x + grow(f(s) - null) * along * unit
         return torch.fft.ifft2(out.reshape(v.shape)).real.to(v.dtype)
+
+    def pull_back(self, f: Function, r: Tensor, adjoint: Adjoint) -> Tensor:
+        """See `Spectrum`; zeros between the pixels of r repeat its spectrum."""
+        h = self._blocks(self.transfer)
+        out = h.conj() * self._grow(f(self._values(self._size(h))) * torch.fft.fft2(r))
+        h_w = (self.factor * n for n in r.shape[-2:])
+        return torch.fft.ifft2(out.reshape(*out.shape[:2], *h_w)).real.to(r.dtype)
 
     def repeat(self, k: int) -> Spectrum:
         """See `Spectrum`."""
@@ -103,6 +123,15 @@ class DecimatedSpectrum(Spectrum):
     def _blocks(self, x: Tensor) -> Tensor:
         n, c, h, w = x.shape
         return x.reshape(n, c, self.factor, h // self.factor, self.factor, w // self.factor)
+
+    @staticmethod
+    def _size(h: Tensor) -> Tensor:
+        """Return the norm of the aliases of each frequency, (., C, 1, H/f, 1, W/f)."""
+        return torch.linalg.vector_norm(h, dim=(-4, -2), keepdim=True)
+
+    def _values(self, size: Tensor) -> Tensor:
+        """Return the singular values, (., C, H/f, W/f), so that per-item constants of functions, (N, 1, 1, 1), fit."""
+        return (size / self.factor).squeeze(-2).squeeze(-3)
 
     @staticmethod
     def _grow(s: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fewstep.core.likelihood import Counts, GaussianLikelihood, Likelihood
 from fewstep.core.noise import Noise
-from fewstep.core.spectral import Function, Spectrum
+from fewstep.core.spectral import Adjoint, Function, Spectrum
 
 WEIGHTS = (0.299, 0.587, 0.114)  # ITU-R BT.601, those of JPEG and of Pillow's "L"
 
@@ -73,6 +73,11 @@ class LumaSpectrum(Spectrum):
         null = f(torch.zeros(1, 1, 1, 1, dtype=v.dtype, device=v.device))
         moved = self.grey.apply(lambda s: f(size * s), along)
         return null * v + spread(moved - null * along) / size
+
+    def pull_back(self, f: Function, r: Tensor, adjoint: Adjoint) -> Tensor:
+        """See `Spectrum`."""
+        size = _size()
+        return spread(self.grey.pull_back(lambda s: f(size * s), r, lambda y: luma(adjoint(y)) / size**2))
 
     def repeat(self, k: int) -> Spectrum:
         """See `Spectrum`."""

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fewstep.core.spectral import Function, Spectrum
+from fewstep.core.spectral import Adjoint, Function, Spectrum
 from fewstep.operators.dct import JpegTables, JpegTransform
 
 
@@ -160,14 +160,24 @@ class JpegSpectrum(Spectrum):
     def apply(self, f: Function, v: Tensor) -> Tensor:
         """See `Spectrum`."""
         null = f(v.new_zeros(1, 1, 1, 1))
-        seen = self.transform.forward(v) / self.std
-        out = torch.empty_like(seen)
+
+        def gain(s: Tensor) -> Tensor:
+            return torch.where(s > 0, (f(s) - null) / s.square().clamp_min(torch.finfo(s.dtype).tiny), 0.0)
+
+        return null * v + self._pulled(gain, self.transform.forward(v) / self.std)
+
+    def pull_back(self, f: Function, r: Tensor, adjoint: Adjoint) -> Tensor:
+        """See `Spectrum`; functions of A A' act within the units."""
+        return self._pulled(lambda s: torch.where(s > 0, f(s), 0.0), r)
+
+    def _pulled(self, f: Function, r: Tensor) -> Tensor:
+        """Return A' U f(s) U' r."""
+        out = torch.empty_like(r)
         for region, vectors, values in self.units:
-            gain = (f(values.reshape(1, 1, 1, -1)) - null).flatten(1, 2)
-            gain = torch.where(values > 0, gain / values.square().clamp_min(torch.finfo(values.dtype).tiny), 0.0)
-            part = region.gather(self.transform, seen) @ vectors
+            part = region.gather(self.transform, r) @ vectors
+            gain = f(values.reshape(1, 1, 1, -1)).flatten(1, 2)
             region.scatter(self.transform, (gain * part) @ vectors.T, out)
-        return null * v + self.transform.adjoint(out / self.std)
+        return self.transform.adjoint(out / self.std)
 
     def repeat(self, k: int) -> Spectrum:
         """See `Spectrum`."""
