@@ -9,8 +9,8 @@ of f(truth) among f(samples) is uniform on 0..K; of discrete x it is not. What a
 * the distance to a reference point (TARP, Lemos et al. 2023, arXiv:2302.03026): the share of ranks below j is the coverage of balls
   around it that hold j / (K + 1) of the samples. It sees that one only if the point depends on y, as `tarp_references` does.
 
-The B truths must be independent, the K samples of one problem independent of each other (not antithetic); a uniform rank proves no more than that f
-is calibrated on average over the prior.
+The B truths must be independent, the K samples of one problem independent of each other, hence not antithetic; a uniform rank
+proves no more than that f is calibrated on average over the prior.
 """
 
 from __future__ import annotations
