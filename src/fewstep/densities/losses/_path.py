@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, cast, final
 
@@ -39,11 +38,6 @@ class PathLoss(Objective):
     @abstractmethod
     def value(self, control: ControlNet, log_w: Tensor) -> Tensor:
         """Return the loss, (), of finite log-weights."""
-
-    @final
-    def players(self, model: nn.Module) -> dict[str, Iterable[nn.Parameter]]:
-        """See `Objective`."""
-        return {"model": list(model.parameters())}
 
     @final
     def loss(self, player: str, model: nn.Module, batch: Any, noise: Noise) -> tuple[Tensor, dict[str, float]]:

@@ -9,7 +9,6 @@ the gradient of a log-mean-exp over K draws: biased, and consistent as K grows.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -58,10 +57,6 @@ class EnergyMatching(Objective):
     kernels: Kernels
     draws: int = 128
     refresh: int = 50
-
-    def players(self, model: nn.Module) -> dict[str, Iterable[nn.Parameter]]:
-        """See `Objective`."""
-        return {"model": list(model.parameters())}
 
     def loss(self, player: str, model: nn.Module, batch: Any, noise: Noise) -> tuple[Tensor, dict[str, float]]:
         """See `Objective`."""
