@@ -57,11 +57,6 @@ class DDNM(DiffusionSampler):
     def __post_init__(self) -> None:
         check_shares(self, "eta")
 
-    @property
-    def nfe(self) -> int:
-        """See `Sampler`."""
-        return self.steps
-
     def step(self, problem: Posterior, state: State, k: int, noise: Noise) -> State:
         """See `Sampler`."""
         t, s = self.interval(problem, k)

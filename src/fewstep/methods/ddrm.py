@@ -59,11 +59,6 @@ class DDRM(DiffusionSampler):
     def __post_init__(self) -> None:
         check_shares(self, "eta", "eta_b")
 
-    @property
-    def nfe(self) -> int:
-        """See `Sampler`."""
-        return self.steps
-
     def init(self, problem: Posterior, noise: Noise) -> State:
         """See `Sampler`; directions in which y is the cleaner start at y, noised to the first level."""
         likelihood = problem.gaussian

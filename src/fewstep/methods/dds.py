@@ -55,11 +55,6 @@ class DDS(DiffusionSampler):
         check_positive(self, "gamma")
         check_counts(self, "iterations")
 
-    @property
-    def nfe(self) -> int:
-        """See `Sampler`."""
-        return self.steps
-
     def step(self, problem: Posterior, state: State, k: int, noise: Noise) -> State:
         """See `Sampler`."""
         t, s = self.interval(problem, k)

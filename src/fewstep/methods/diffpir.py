@@ -54,11 +54,6 @@ class DiffPIR(DiffusionSampler):
         check_positive(self, "lam")
         check_shares(self, "zeta")
 
-    @property
-    def nfe(self) -> int:
-        """See `Sampler`."""
-        return self.steps
-
     def step(self, problem: Posterior, state: State, k: int, noise: Noise) -> State:
         """See `Sampler`."""
         t, s = self.interval(problem, k)

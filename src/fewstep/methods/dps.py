@@ -60,11 +60,6 @@ class DPS(DiffusionSampler):
         check_shares(self, "eta")
         check_positive(self, "zeta")
 
-    @property
-    def nfe(self) -> int:
-        """See `Sampler`."""
-        return self.steps
-
     def step(self, problem: Posterior, state: State, k: int, noise: Noise) -> State:
         """See `Sampler`."""
         t, s = self.interval(problem, k)

@@ -57,11 +57,6 @@ class MMPS(GuidedSampler):
         super().__post_init__()
         check_counts(self, "iterations")
 
-    @property
-    def nfe(self) -> int:
-        """See `Sampler`."""
-        return self.steps
-
     def predict_x0(self, problem: Posterior, x_t: Tensor, t: Tensor, noise: Noise) -> Tensor:
         """See `GuidedSampler`."""
         likelihood = problem.gaussian

@@ -58,11 +58,6 @@ class PiGDM(GuidedSampler):
         super().__post_init__()
         check_positive(self, "spread")
 
-    @property
-    def nfe(self) -> int:
-        """See `Sampler`."""
-        return self.steps
-
     def predict_x0(self, problem: Posterior, x_t: Tensor, t: Tensor, noise: Noise) -> Tensor:
         """See `GuidedSampler`."""
         likelihood = problem.gaussian

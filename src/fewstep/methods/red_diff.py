@@ -63,11 +63,6 @@ class REDDiff(DiffusionSampler):
         check_not_negative(self, "lam")
         check_positive(self, "lr")
 
-    @property
-    def nfe(self) -> int:
-        """See `Sampler`."""
-        return self.steps
-
     def init(self, problem: Posterior, noise: Noise) -> State:
         """See `Sampler`; the pseudo-inverse of y."""
         mu = problem.gaussian.start()

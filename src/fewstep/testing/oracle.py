@@ -49,11 +49,6 @@ class ExactMean(GuidedSampler):
     limit: ClassVar = "the posterior as steps grow; too narrow before"
     reference: ClassVar = _DDIM
 
-    @property
-    def nfe(self) -> int:
-        """See `Sampler`; one evaluation of the oracle counts as one network call."""
-        return self.steps
-
     def predict_x0(self, problem: Posterior, x_t: Tensor, t: Tensor, noise: Noise) -> Tensor:
         """See `GuidedSampler`."""
         return exact_conditional(problem, x_t, t).mean
@@ -79,11 +74,6 @@ class ExactDraw(GuidedSampler):
     limit: ClassVar = "the posterior, at any number of steps, up to p(x_1) being called pure noise"
     reference: ClassVar = _DDIM
 
-    @property
-    def nfe(self) -> int:
-        """See `Sampler`; one exact draw counts as one network call."""
-        return self.steps
-
     def predict_x0(self, problem: Posterior, x_t: Tensor, t: Tensor, noise: Noise) -> Tensor:
         """See `GuidedSampler`."""
         return exact_conditional(problem, x_t, t).draw(noise)
@@ -97,5 +87,5 @@ def exact_conditional(problem: Posterior, x_t: Tensor, t: Tensor) -> ExactPoster
     """
     if not isinstance(problem.prior, GaussianPrior | MixturePrior):
         raise ValueError(f"{type(problem.prior).__name__} does not know its posterior; use a Gaussian or mixture prior")
-    problem.counts.network += 1
+    problem.counts.network += 1  # the exact mean is in the place of a network
     return problem.prior.posterior(JointLikelihood(problem.likelihood, x_t, *problem.schedule(t)))
