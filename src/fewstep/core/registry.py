@@ -5,13 +5,14 @@ Other packages add theirs through the entry-point groups `fewstep.methods` and `
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import pkgutil
 from collections.abc import Collection
 from importlib.metadata import entry_points
 from typing import Any
+
+from fewstep.core.names import suggestion
 
 # each folder, the singular of what is in it, and the class that its classes derive from
 FOLDERS = {
@@ -53,9 +54,7 @@ def get(name: str, kind: str = "methods") -> type[Any]:
     name, folder = name.replace("-", "_"), _folder(kind)
     noun, base = FOLDERS[folder]
     if name not in (names := available(kind)):
-        near = difflib.get_close_matches(name, names, 3, 0.4)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"choose one of {', '.join(names)}"
-        raise ValueError(f"unknown {noun} {name!r}; {hint}")
+        raise ValueError(f"unknown {noun} {name!r}; {suggestion(name, names)}")
     for point in entry_points(group=f"fewstep.{folder}", name=name):
         return point.load()
     return _only_class(f"fewstep.{folder}.{name}", base)

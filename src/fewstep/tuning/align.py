@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from fewstep.core.batch import like
+from fewstep.core.checks import one_of
 from fewstep.core.grid import lowest_ratio
-from fewstep.core.multistep import one_of
 from fewstep.core.reference import Reference
 from fewstep.tuning.base import FINE, State, Task, Tuner, reference, times_from
 from fewstep.tuning.losses import LOSSES, best_times, named_grids

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.core.batch import like
+from fewstep.core.checks import one_of
 from fewstep.core.density import TargetDensity
 from fewstep.core.schedule import Schedule, VariancePreserving
 from fewstep.densities.networks import TimeEmbedding, check_preserving
@@ -56,8 +57,7 @@ class MapConfig:
     steep: bool = False
 
     def __post_init__(self) -> None:
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(f"unknown activation {self.activation!r}; choose one of {', '.join(ACTIVATIONS)}")
+        one_of("activation", self.activation, ACTIVATIONS)
 
 
 class FlowMap(nn.Module, ABC):

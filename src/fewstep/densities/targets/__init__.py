@@ -6,13 +6,13 @@ Files whose name starts with an underscore hold what several targets share.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib
 import inspect
 import pkgutil
 from typing import Any
 
 from fewstep.core.density import TargetDensity
+from fewstep.core.names import suggestion
 
 
 def available_targets() -> list[str]:
@@ -30,7 +30,7 @@ def target(name: str, **fields: Any) -> TargetDensity:
     known = [f.name for f in dataclasses.fields(kind) if f.init]  # type: ignore[arg-type]
     for field in fields:
         if field not in known:
-            raise ValueError(f"{name} has no field {field!r}; {_nearest(field, known)}")
+            raise ValueError(f"{name} has no field {field!r}; {suggestion(field, known)}")
     missing = [f.name for f in dataclasses.fields(kind) if _required(f) and f.name not in fields]  # type: ignore[arg-type]
     if missing:
         raise ValueError(f"{name} needs {', '.join(missing)}: {(inspect.getdoc(kind) or '').splitlines()[0]}")
@@ -45,7 +45,7 @@ def target_class(name: str) -> type[TargetDensity]:
     """
     module_name = name.replace("-", "_")
     if module_name not in (names := available_targets()):
-        raise ValueError(f"unknown target {name!r}; {_nearest(module_name, names)}")
+        raise ValueError(f"unknown target {name!r}; {suggestion(module_name, names)}")
     module = importlib.import_module(f"{__name__}.{module_name}")
     found = [
         value
@@ -59,8 +59,3 @@ def target_class(name: str) -> type[TargetDensity]:
 
 def _required(field: dataclasses.Field[Any]) -> bool:
     return field.init and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-
-
-def _nearest(name: str, names: list[str]) -> str:
-    near = difflib.get_close_matches(name, names, 3, 0.4)
-    return f"did you mean {' or '.join(near)}?" if near else f"choose one of {', '.join(names)}"
