@@ -20,6 +20,7 @@ FOLDERS = {
     "solvers": ("solver", "core.sampler:Sampler"),
     "densities.teachers": ("density sampler", "densities.teachers._base:Teacher"),
     "densities.losses": ("loss", "core.objective:Objective"),
+    "densities.targets": ("target", "core.density:TargetDensity"),
 }
 # what is said, and the folder that is meant
 KINDS = {
@@ -29,6 +30,8 @@ KINDS = {
     "solvers": "solvers",
     "teachers": "densities.teachers",
     "losses": "densities.losses",
+    "target": "densities.targets",
+    "targets": "densities.targets",
 }
 
 
@@ -37,7 +40,7 @@ def available(kind: str = "methods") -> list[str]:
 
     Args:
         kind: "methods" (posterior samplers), "solvers" (prior samplers), "teachers" (samplers of a density, before they are
-            trained) or "losses" (what these minimise).
+            trained), "losses" (what these minimise) or "targets" (densities with certified facts).
     """
     kind = _folder(kind)
     package = importlib.import_module(f"fewstep.{kind}")
@@ -51,13 +54,13 @@ def get(name: str, kind: str = "methods") -> type[Any]:
     Raises:
         ValueError: there is none; the nearest names are suggested.
     """
-    name, folder = name.replace("-", "_"), _folder(kind)
+    word, folder = name.replace("-", "_"), _folder(kind)
     noun, base = FOLDERS[folder]
-    if name not in (names := available(kind)):
-        raise ValueError(f"unknown {noun} {name!r}; {suggestion(name, names)}")
-    for point in entry_points(group=f"fewstep.{folder}", name=name):
+    if word not in (names := available(kind)):
+        raise ValueError(f"unknown {noun} {name!r}; {suggestion(word, names)}")
+    for point in entry_points(group=f"fewstep.{folder}", name=word):
         return point.load()
-    return _only_class(f"fewstep.{folder}.{name}", base)
+    return _only_class(f"fewstep.{folder}.{word}", base)
 
 
 def fitting(provides: Collection[str]) -> list[str]:

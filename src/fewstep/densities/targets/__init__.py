@@ -6,18 +6,17 @@ Files whose name starts with an underscore hold what several targets share.
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import inspect
-import pkgutil
 from typing import Any
 
 from fewstep.core.density import TargetDensity
 from fewstep.core.names import suggestion
+from fewstep.core.registry import available, get
 
 
 def available_targets() -> list[str]:
     """Return the names of all targets."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
+    return available("targets")
 
 
 def target(name: str, **fields: Any) -> TargetDensity:
@@ -43,18 +42,7 @@ def target_class(name: str) -> type[TargetDensity]:
     Raises:
         ValueError: there is none; the nearest names are suggested.
     """
-    module_name = name.replace("-", "_")
-    if module_name not in (names := available_targets()):
-        raise ValueError(f"unknown target {name!r}; {suggestion(module_name, names)}")
-    module = importlib.import_module(f"{__name__}.{module_name}")
-    found = [
-        value
-        for value in vars(module).values()
-        if inspect.isclass(value) and issubclass(value, TargetDensity) and value.__module__ == module.__name__
-    ]
-    if len(found) != 1:
-        raise TypeError(f"{module.__name__} must define exactly one target, it defines {len(found)}")
-    return found[0]
+    return get(name, "targets")
 
 
 def _required(field: dataclasses.Field[Any]) -> bool:
