@@ -62,6 +62,12 @@ class Teacher(Presets, ABC):
     def objective(self, whitened: Whitened, loss: str) -> Objective:
         """Return the loss called `loss`; ValueError where the method has none of that name."""
 
+    @final
+    def check_loss(self, loss: str) -> None:
+        """Raise ValueError unless `loss` is the default; for a method that has no other."""
+        if loss != self.default_loss:
+            raise ValueError(f"{type(self).__name__} has one loss, {self.default_loss!r}, not {loss!r}")
+
     @abstractmethod
     def sampler(self, whitened: Whitened, model: nn.Module) -> DensitySampler:
         """Return the sampler with the weights of a trained `model`."""

@@ -129,8 +129,7 @@ class IDEM(PathTeacher):
 
     def objective(self, whitened: Whitened, loss: str) -> Objective:
         """See `Teacher`; there is one loss, "energy_matching"."""
-        if loss != self.default_loss:
-            raise ValueError(f"iDEM has one loss, {self.default_loss!r}, not {loss!r}")
+        self.check_loss(loss)
         return EnergyMatching(whitened, self.kernels(self.steps), self.draws, self.refresh)
 
     def sampler(self, whitened: Whitened, model: nn.Module) -> DensitySampler:

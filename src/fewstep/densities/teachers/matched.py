@@ -216,8 +216,7 @@ class Matched(PathTeacher):
 
     def objective(self, whitened: Whitened, loss: str) -> Objective:
         """See `Teacher`; there is one loss, "matching"."""
-        if loss != self.default_loss:
-            raise ValueError(f"draws are matched by one loss, {self.default_loss!r}, not {loss!r}")
+        self.check_loss(loss)
         return self._matching
 
     def sampler(self, whitened: Whitened, model: nn.Module) -> DensitySampler:
