@@ -55,8 +55,8 @@ class ExactMap(FlowMap):
     jumps = True
 
     def __init__(self, prior, wrong=False):
-        super().__init__()
-        self.prior, self.schedule, self.dim, self.wrong = prior, prior.schedule, prior.event_shape[0], wrong
+        super().__init__(prior.schedule, prior.event_shape[0])
+        self.prior, self.wrong = prior, wrong
         self.unused = torch.nn.Parameter(torch.zeros(()))
 
     def forward(self, y, t, s):
@@ -71,8 +71,8 @@ class Affine(FlowMap):
     jumps = True
 
     def __init__(self, matrix, shift):
-        super().__init__()
-        self.matrix, self.shift, self.schedule, self.dim = matrix, shift, SCHEDULE, len(shift)
+        super().__init__(SCHEDULE, len(shift))
+        self.matrix, self.shift = matrix, shift
 
     def forward(self, y, t, s):
         return y @ self.matrix.T + self.shift
