@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.core.batch import item_dot, item_norm, like
+from fewstep.core.batch import item_dot, item_norm, like, tile
 from fewstep.core.likelihood import Counts, GaussianLikelihood, Likelihood
 from fewstep.core.linalg import cg
 from fewstep.core.noise import Noise
@@ -100,7 +100,7 @@ class PoissonLikelihood(Likelihood):
 
     def prox(self, z: Tensor, rho: Tensor | float) -> Tensor:
         """See `Likelihood`."""
-        rho = like(torch.as_tensor(rho, dtype=z.dtype, device=z.device), z).expand(z.shape[0], *[1] * (z.ndim - 1))
+        rho = like(rho, z)
         if self.diagonal is not None:
             return self._prox_pixels(z, rho)
         return self._prox_newton(z, rho)
@@ -126,10 +126,9 @@ class PoissonLikelihood(Likelihood):
         twin.physics, twin.batch = repeat_physics(self.physics, self.y, k), self.batch * k
         twin.gain, twin.sigma = self.gain.repeat(k), self.sigma.repeat(k)
         for name in ("y", "photons", "offset"):
-            value = getattr(self, name)
-            setattr(twin, name, value.repeat(k, *[1] * (value.ndim - 1)))
+            setattr(twin, name, tile(getattr(self, name), k))
         if self.diagonal is not None and self.diagonal.shape[0] > 1:
-            twin.diagonal = self.diagonal.repeat(k, *[1] * (self.diagonal.ndim - 1))
+            twin.diagonal = tile(self.diagonal, k)
         return twin
 
     def _back(self, r: Tensor) -> Tensor:
