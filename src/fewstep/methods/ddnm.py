@@ -41,7 +41,7 @@ class DDNM(DiffusionSampler):
 
     steps: int = 100
     eta: float = 0.85
-    grid: str = "uniform"
+    grid: str | tuple[float, ...] = "uniform"
 
     needs: ClassVar = frozenset({"gaussian", "svd"})
     exact: ClassVar = "biased"

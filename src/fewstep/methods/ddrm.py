@@ -43,7 +43,7 @@ class DDRM(DiffusionSampler):
     steps: int = 20
     eta: float = 0.85
     eta_b: float = 1.0
-    grid: str = "uniform"
+    grid: str | tuple[float, ...] = "uniform"
 
     needs: ClassVar = frozenset({"gaussian", "svd"})
     exact: ClassVar = "biased"

@@ -37,7 +37,7 @@ class DDS(DiffusionSampler):
     gamma: float = 1.0
     iterations: int = 5
     eta: float = 0.85
-    grid: str = "uniform"
+    grid: str | tuple[float, ...] = "uniform"
 
     needs: ClassVar = frozenset({"gaussian"})
     exact: ClassVar = "biased"

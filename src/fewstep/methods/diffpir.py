@@ -31,7 +31,7 @@ class DiffPIR(DiffusionSampler):
     steps: int = 100
     lam: float = 7.0
     zeta: float = 0.3
-    grid: str = "quadratic"
+    grid: str | tuple[float, ...] = "quadratic"
 
     needs: ClassVar = frozenset({"prox"})
     exact: ClassVar = "biased"

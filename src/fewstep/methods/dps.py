@@ -40,7 +40,7 @@ class DPS(DiffusionSampler):
     zeta: float = 1.0
     eta: float = 1.0
     norm: bool = True
-    grid: str = "uniform"
+    grid: str | tuple[float, ...] = "uniform"
 
     needs: ClassVar = frozenset({"gaussian", "gradient"})
     exact: ClassVar = "biased"

@@ -39,7 +39,7 @@ class MMPS(GuidedSampler):
     steps: int = 100
     eta: float = 1.0
     iterations: int = 3
-    grid: str = "uniform"
+    grid: str | tuple[float, ...] = "uniform"
 
     needs: ClassVar = frozenset({"gaussian", "gradient"})
     prediction: ClassVar = "mean"

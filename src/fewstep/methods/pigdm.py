@@ -38,7 +38,7 @@ class PiGDM(GuidedSampler):
     eta: float = 1.0
     spread: float = 1.0
     adaptive: bool = False
-    grid: str = "uniform"
+    grid: str | tuple[float, ...] = "uniform"
 
     needs: ClassVar = frozenset({"gaussian", "gradient"})
     prediction: ClassVar = "mean"

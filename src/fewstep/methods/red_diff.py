@@ -45,7 +45,7 @@ class REDDiff(DiffusionSampler):
     steps: int = 1000
     lam: float = 0.25
     lr: float = 0.1
-    grid: str = "uniform"
+    grid: str | tuple[float, ...] = "uniform"
 
     needs: ClassVar = frozenset({"gaussian"})
     exact: ClassVar = "mode"

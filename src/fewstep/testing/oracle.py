@@ -41,7 +41,7 @@ class ExactMean(GuidedSampler):
 
     steps: int = 100
     eta: float = 0.0
-    grid: str = "uniform"
+    grid: str | tuple[float, ...] = "uniform"
 
     needs: ClassVar = frozenset({"gaussian"})
     prediction: ClassVar = "mean"
@@ -66,7 +66,7 @@ class ExactDraw(GuidedSampler):
 
     steps: int = 10
     eta: float = 1.0
-    grid: str = "uniform"
+    grid: str | tuple[float, ...] = "uniform"
 
     needs: ClassVar = frozenset({"gaussian"})
     prediction: ClassVar = "draw"
