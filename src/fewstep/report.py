@@ -112,20 +112,20 @@ def page(title: str, lead: str, warnings: Sequence[str], parts: Sequence[str]) -
     return f"{head}<body>{top}{warned}{''.join(parts)}</body></html>\n"
 
 
-def shrink(x: Tensor, longest: int = SHOWN) -> Tensor:
-    """Return (1, C, H, W) averaged down so that no side exceeds `longest`; smaller images are kept."""
+def shrink(x: Tensor) -> Tensor:
+    """Return (1, C, H, W) averaged down so that no side exceeds `SHOWN`; smaller images are kept."""
     height, width = x.shape[-2:]
-    scale = longest / max(height, width)
+    scale = SHOWN / max(height, width)
     if scale >= 1:
         return x
     size = max(1, round(height * scale)), max(1, round(width * scale))
     return F.interpolate(x.float(), size=size, mode="area")
 
 
-def busiest(field: Tensor, side: int = CROP) -> tuple[slice, slice]:
-    """Return the rows and columns of the square of (at most) `side` pixels where the mean of `field`, (H, W), is largest."""
-    height, width = (min(side, n) for n in field.shape)
-    stride = max(1, side // 8)
+def busiest(field: Tensor) -> tuple[slice, slice]:
+    """Return the rows and columns of the square of (at most) `CROP` pixels where the mean of `field`, (H, W), is largest."""
+    height, width = (min(CROP, n) for n in field.shape)
+    stride = CROP // 8
     means = F.avg_pool2d(field[None, None].float(), (height, width), stride)[0, 0]
     row, column = divmod(int(means.argmax()), means.shape[1])
     return slice(row * stride, row * stride + height), slice(column * stride, column * stride + width)

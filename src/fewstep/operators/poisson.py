@@ -192,9 +192,7 @@ class PoissonLikelihood(Likelihood):
         return length
 
 
-def bracketed_newton(
-    slope: Callable[[Tensor], tuple[Tensor, Tensor]], a: Tensor, b: Tensor, max_iter: int = 100
-) -> Tensor:
+def bracketed_newton(slope: Callable[[Tensor], tuple[Tensor, Tensor]], a: Tensor, b: Tensor) -> Tensor:
     """Return the root of an increasing function in every element, to rounding.
 
     Newton's step is taken where it stays inside the bracket, bisection otherwise. Each element stops by itself. For the concave
@@ -203,12 +201,11 @@ def bracketed_newton(
     Args:
         slope: x -> (value, derivative), elementwise.
         a, b: two points with the root between them, in either order.
-        max_iter: the most steps.
     """
     low, high = torch.minimum(a, b), torch.maximum(a, b)
     x, done = a, torch.zeros_like(a, dtype=torch.bool)
     small = 4 * torch.finfo(a.dtype).eps
-    for _ in range(max_iter):
+    for _ in range(100):
         value, derivative = slope(x)
         low, high = torch.where(value <= 0, x, low), torch.where(value >= 0, x, high)
         newton = x - value / derivative
