@@ -1,4 +1,4 @@
-"""Exact laws as targets, and maps whose weights are known, for the tests of densities."""
+"""Exact laws as targets, and controls and maps that are known, for the tests of densities."""
 
 from dataclasses import dataclass
 
@@ -6,6 +6,7 @@ import torch
 
 import fewstep
 from fewstep.core.schedule import VariancePreserving
+from fewstep.densities.networks import Control, Moments, check_preserving, drift_of
 from fewstep.densities.students._maps import FlowMap
 from fewstep.priors.exact import GaussianPrior
 
@@ -31,14 +32,31 @@ class Law(fewstep.TargetDensity):
         return self.prior.sample(len(noise), noise)
 
 
+class Known(Control):
+    """A denoiser that is known, an exact or a trained one, as a control; kernels take the target's variances for `variances`."""
+
+    def __init__(self, denoiser, variances=1.0):
+        super().__init__()
+        check_preserving(denoiser.schedule)
+        self.denoiser, self.schedule = denoiser, denoiser.schedule
+        self.event_shape = tuple(denoiser.event_shape)
+        self.register_buffer("variances", torch.as_tensor(variances).expand(self.event_shape).clone())
+
+    def guide(self, y):
+        return None
+
+    def moments(self, y, t, guide):
+        return Moments(drift_of(self.denoiser, y, t), self.variances.to(y).expand_as(y))
+
+
 class ExactMap(FlowMap):
     """The exact flow of a Gaussian; `wrong` reads time the other way round, as the papers' clock does."""
 
     jumps = True
 
     def __init__(self, prior, wrong=False):
-        super().__init__()
-        self.prior, self.schedule, self.dim, self.wrong = prior, prior.schedule, prior.event_shape[0], wrong
+        super().__init__(prior.schedule, prior.event_shape[0])
+        self.prior, self.wrong = prior, wrong
         self.unused = torch.nn.Parameter(torch.zeros(()))
 
     def forward(self, y, t, s):
@@ -53,8 +71,8 @@ class Affine(FlowMap):
     jumps = True
 
     def __init__(self, matrix, shift):
-        super().__init__()
-        self.matrix, self.shift, self.schedule, self.dim = matrix, shift, SCHEDULE, len(shift)
+        super().__init__(SCHEDULE, len(shift))
+        self.matrix, self.shift = matrix, shift
 
     def forward(self, y, t, s):
         return y @ self.matrix.T + self.shift

@@ -27,8 +27,7 @@ class TwoModes(FlowMap):
     jumps = True
 
     def __init__(self, edge):
-        super().__init__()
-        self.schedule, self.dim = SCHEDULE, 2
+        super().__init__(SCHEDULE, 2)
         share = torch.distributions.Normal(0.0, 1.0).cdf(torch.tensor(edge))
         parts = torch.distributions.Normal(torch.tensor([-1.5, 1.5]), 0.2)
         weights = torch.distributions.Categorical(torch.stack([share, 1 - share]))

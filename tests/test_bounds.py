@@ -21,7 +21,6 @@ from fewstep.densities.mcmc.bridge import Bridge
 from fewstep.densities.mcmc.chains import Chains
 from fewstep.densities.mcmc.crank_nicolson import CrankNicolson
 from fewstep.densities.mcmc.sequential import SequentialMonteCarlo
-from fewstep.densities.networks import Known
 from fewstep.densities.paths import Paths, noised
 from fewstep.densities.students._maps import MapConfig, ScaledMap
 from fewstep.densities.students._sampler import MapSampler
@@ -32,7 +31,7 @@ from fewstep.densities.teachers.dis import DIS
 from fewstep.densities.user import as_target
 from fewstep.densities.whitened import Whitened, correlated
 from fewstep.priors.exact import GaussianPrior
-from laws import GAUSSIAN, SCHEDULE, Affine, ExactMap, Law, wide
+from laws import GAUSSIAN, SCHEDULE, Affine, ExactMap, Known, Law, wide
 
 LAW = Law(GAUSSIAN)
 SMALL = Sizes(transport=512, published=64, most=1024)

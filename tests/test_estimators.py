@@ -34,10 +34,22 @@ def log_normal_draws(n, spread, seed):
 # ---- maps
 
 
+def pushed(function, z):
+    """Return f(z), (N, d), and log|det Df(z)|, (N,)."""
+    found = jacobian.determinant(function, z)
+    return found.y, found.log_abs
+
+
+def folds(found):
+    """Return the share of the rarer sign of a determinant: more than 0 proves that a map is not injective."""
+    share = float((found.sign > 0).double().mean())
+    return min(share, 1 - share)
+
+
 @pytest.mark.parametrize(("d", "s", "missing"), [(2, 3.0, -2.20), (10, 0.5, 6.93), (50, 0.5, 34.66)])
 def test_log_z_of_a_linear_map_is_exact_and_the_boundary_formula_is_off(d, s, missing):
     z = normals(300, d)
-    y, log_abs_det = jacobian.log_abs_det(lambda v: s * v, z)
+    y, log_abs_det = pushed(lambda v: s * v, z)
     log_rho = -0.5 * (y / s).square().sum(1)
     log_z = d * math.log(s * math.sqrt(2 * math.pi))
     exact = Draws(y, map_log_weights(log_rho, log_abs_det, z), "unbiased")
@@ -71,26 +83,26 @@ def test_log_abs_det_of_a_nonlinear_map(chunk):
     found = jacobian.determinant(bend, z, chunk)
     torch.testing.assert_close(found.y, bend(z))
     torch.testing.assert_close(found.log_abs, bend_log_det(z))
-    assert found.folds == 0
+    assert folds(found) == 0
     rotation = torch.linalg.qr(normals(6, 6, seed=3))[0]
-    torch.testing.assert_close(jacobian.log_abs_det(lambda v: bend(v) @ rotation, z)[1], bend_log_det(z))
+    torch.testing.assert_close(pushed(lambda v: bend(v) @ rotation, z)[1], bend_log_det(z))
 
 
 def test_a_map_that_folds_is_seen():
     z = normals(1000, 3)
-    assert jacobian.determinant(lambda v: torch.cat([v[:, :1].square(), v[:, 1:]], 1), z).folds > 0.4
+    assert folds(jacobian.determinant(lambda v: torch.cat([v[:, :1].square(), v[:, 1:]], 1), z)) > 0.4
 
 
 @pytest.mark.parametrize("hide", [lambda v: v.detach() * v, lambda v: torch.zeros_like(v) + v.detach()])
 def test_what_is_hidden_from_differentiation_is_an_error(hide):
     with pytest.raises(ValueError, match="hidden from differentiation"):
-        jacobian.log_abs_det(hide, normals(40, 3).float())
+        pushed(hide, normals(40, 3).float())
 
 
 def test_a_steep_place_is_not_taken_for_something_hidden():
     """One draw in the middle of a step between modes, where a difference quotient is far off."""
     steep = jacobian.determinant(lambda v: v + torch.tanh(1000 * v), torch.full((1, 2), 1e-3))
-    assert steep.folds == 0 and float(steep.log_abs) > 10
+    assert folds(steep) == 0 and float(steep.log_abs) > 10
 
 
 def test_draws_without_weight_are_not_picked():
@@ -117,7 +129,7 @@ def test_inverse_and_the_upper_bound_it_gives():
 
 def test_a_map_must_keep_the_shape():
     with pytest.raises(ValueError, match="keep the shape"):
-        jacobian.log_abs_det(lambda v: v[:, :2], normals(40, 3))
+        pushed(lambda v: v[:, :2], normals(40, 3))
 
 
 def layer(z):
@@ -129,7 +141,7 @@ def lanczos_pulls(steps, factor=1.0):
     z = normals(60, 50, seed=1)
     noise = Streams(2, range(60), torch.float64)
     found = lanczos.estimate_log_abs_det(lambda v: factor * layer(v), z, noise, 16, steps)
-    return (found.log_abs - jacobian.log_abs_det(layer, z)[1]) / found.error, found.error
+    return (found.log_abs - pushed(layer, z)[1]) / found.error, found.error
 
 
 def test_lanczos_log_det_is_within_its_error():
@@ -161,7 +173,7 @@ def gaussian_chain(n, t_1, seed=0):
     z = noise.randn(2)
     means = alpha * (0.9 * bend(z) + 0.7)
     y_1 = means + sigma * noise.randn(2)
-    y, log_abs_det = jacobian.log_abs_det(lambda v: prior.flow(v, t, torch.zeros_like(t)), y_1)
+    y, log_abs_det = pushed(lambda v: prior.flow(v, t, torch.zeros_like(t)), y_1)
     return prior, z, means, y_1, y, prior.log_prob(y) + 1.5 + log_abs_det, t
 
 

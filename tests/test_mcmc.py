@@ -18,7 +18,7 @@ from fewstep.densities.mcmc.bridge import Bridge, StandardNormal
 from fewstep.densities.mcmc.chains import Chains
 from fewstep.densities.mcmc.hamiltonian import Hamiltonian, mala
 from fewstep.densities.mcmc.replica_exchange import ReplicaExchange
-from fewstep.densities.mcmc.sequential import SequentialMonteCarlo, annealed
+from fewstep.densities.mcmc.sequential import SequentialMonteCarlo
 
 MEAN = torch.tensor([1.0, -1.0, 0.5], dtype=torch.float64)
 STD = torch.tensor([0.3, 1.0, 2.0], dtype=torch.float64)
@@ -76,7 +76,7 @@ METHODS = {
     "mala": (Chains(mala(), warmup=300), 64 * 300),
     "replica_exchange": (ReplicaExchange(Hamiltonian(3), levels=5, chains=32, warmup=120), 32 * 80),
     "smc": (SequentialMonteCarlo(Hamiltonian(4), particles=256, moves=2), 256 * 10),
-    "annealed": (annealed(Hamiltonian(4), keep=0.98, pilot=256), 2048),
+    "annealed": (SequentialMonteCarlo(Hamiltonian(4), 256, 1, keep=0.98, resample_below=0.0), 2048),
 }
 
 

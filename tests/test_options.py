@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+import fewstep
 from fewstep.options import assignments, cuts, described_arguments, pairs, typed_arguments, typed_fields, written_as
+from fewstep.testing.problems import gaussian_problem
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,15 @@ def test_conversion():
     made = Example(**typed_fields(Example, words, "method x"))
     assert made == Example(7, 0.001, "", True, None, (3, 4), Path("a/b"), "m.png")
     assert typed_fields(Example, {"steps": 5}, "method x") == {"steps": 5}
+
+
+@pytest.mark.parametrize("name", [n for n in fewstep.available() if hasattr(fewstep.get(n), "grid")])
+def test_the_grid_of_a_method_is_a_name_or_its_times(name):
+    """Where a sampler of the prior takes "1,0.5,0.2,0" a method does."""
+    sampler, problem = fewstep.get(name), gaussian_problem().problem
+    made = sampler(steps=3, **typed_fields(sampler, {"grid": "1,0.5,0.2,0"}, name))
+    assert made.grid == (1.0, 0.5, 0.2, 0.0) and made.times(problem).tolist() == [1.0, 0.5, 0.2, 0.0]
+    assert typed_fields(sampler, {"grid": "log_snr"}, name) == {"grid": "log_snr"}
 
 
 @pytest.mark.parametrize(

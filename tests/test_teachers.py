@@ -12,7 +12,7 @@ from fewstep.core.noise import Streams
 from fewstep.core.schedule import Brownian, Cosine, VarianceExploding, VariancePreserving
 from fewstep.densities.base import load_density_sampler
 from fewstep.densities.estimators import weights
-from fewstep.densities.networks import Control, ControlNet, Known, Moments, NetConfig
+from fewstep.densities.networks import Control, ControlNet, Moments, NetConfig
 from fewstep.densities.paths import (
     Walk,
     euler,
@@ -27,6 +27,7 @@ from fewstep.densities.paths import (
 from fewstep.densities.teachers._base import PathSampler, build_teacher, seeded
 from fewstep.densities.whitened import Whitened
 from fewstep.priors.exact import GaussianPrior, MixturePrior
+from laws import Known
 
 TEACHERS = [fewstep.get(name, "teachers") for name in ("dis", "dds", "pis")]
 LOSSES = [fewstep.get(name, "losses") for name in ("kl", "log_variance", "trajectory_balance")]

@@ -14,14 +14,14 @@ from fewstep.densities.base import load_density_sampler
 from fewstep.densities.draws import Draws
 from fewstep.densities.mcmc.hamiltonian import Hamiltonian
 from fewstep.densities.mcmc.replica_exchange import ReplicaExchange
-from fewstep.densities.networks import Known, NetConfig, gaussian_drift
+from fewstep.densities.networks import NetConfig, gaussian_drift
 from fewstep.densities.targets._mixture import Concentric
 from fewstep.densities.teachers.matched import Informed, Matched, shares_of
 from fewstep.densities.whitened import Whitened, whiten
 from fewstep.priors.exact import MixturePrior
 from fewstep.testing.density import check_target
 from fewstep.training import Trainer
-from laws import SCHEDULE, Law
+from laws import SCHEDULE, Known, Law
 
 MEANS, WIDTHS = torch.tensor([[-1.0, 0.4], [0.9, -0.2]]), torch.tensor([[0.05, 0.2], [0.1, 0.02]])
 

@@ -17,11 +17,11 @@ from fewstep.priors.exact import GaussianPrior, MixturePrior
 from fewstep.solvers._decisions import Decision
 from fewstep.solvers.usf import USF
 from fewstep.tuning import align, ggdm, search
-from fewstep.tuning.align import AlignYourSteps, gaussian_cost, gaussian_ratios, shortest_path, step_costs
+from fewstep.tuning.align import AlignYourSteps, shortest_path, step_costs
 from fewstep.tuning.base import Task, Tuning, reference
 from fewstep.tuning.ggdm import GGDM
 from fewstep.tuning.losses import energy, named_grids, paired, samples_of
-from fewstep.tuning.predictor import fit, kendall
+from fewstep.tuning.predictor import fit
 from fewstep.tuning.schedule_file import TunedSchedule
 from fewstep.tuning.search import SolverSearch
 
@@ -42,6 +42,19 @@ MIXTURE = MixturePrior(
 
 
 # --- Align Your Steps --------------------------------------------------------------------------------------------------------
+
+
+def gaussian_cost(high, low, std, size):
+    """Return the exact cost of a step from ratio `high` to `low` on N(0, std^2 I) in `size` dimensions, shape of both."""
+    q = (1 + (std / low) ** 2) / (1 + (std / high) ** 2)
+    return size / 2 * (q - 1 - q.log())
+
+
+def gaussian_ratios(high, low, std, steps):
+    """Return the `steps` + 1 falling ratios that are best on N(0, std^2 I), by the progression that `align` states."""
+    ends = torch.log1p((std / torch.stack([high, low])) ** 2)
+    logs = ends[0] + torch.linspace(0, 1, steps + 1, dtype=ends.dtype) * (ends[1] - ends[0])
+    return std / torch.expm1(logs).sqrt()
 
 
 def gaussian_gram(ratios):
@@ -253,6 +266,12 @@ def test_order_of_the_decisions(decision):
 def test_unknown_decisions_are_refused(wrong):
     with pytest.raises(ValueError, match="must be"):
         USF(decisions=wrong)
+
+
+def kendall(predicted, scores):
+    """Return Kendall's tau, the share of pairs in the same order minus that in the other, (E,) twice."""
+    same = (predicted[:, None] - predicted).sign() * (scores[:, None] - scores).sign()
+    return float(same.sum() / (len(scores) * (len(scores) - 1)))
 
 
 def test_the_predictor_ranks_solvers_it_has_not_seen():

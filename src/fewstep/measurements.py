@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from numbers import Real
 from typing import Any
@@ -19,8 +19,6 @@ from fewstep.data import RandomCrops
 from fewstep.operators.base import Operator
 from fewstep.operators.image import to_unit
 from fewstep.operators.words import get_operator
-
-Draw = Callable[[np.random.Generator], Any]
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import inspect
 import re
 import types
@@ -11,6 +10,8 @@ import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from fewstep.core.names import suggestion
 
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 _LISTS = (tuple, list, Sequence)
@@ -84,15 +85,6 @@ def known_fields(cls: type, values: Mapping[str, Any]) -> Mapping[str, Any]:
 def flag_of(field: dataclasses.Field[Any]) -> str:
     """Return the name of a field on the command line, with "_"."""
     return str(field.metadata.get("flag", field.name))
-
-
-def suggestion(word: str, choices: Iterable[str]) -> str:
-    """Return "did you mean ...?" where something is near, the list of choices otherwise."""
-    choices = sorted(choices)
-    if not choices:
-        return "it has none"
-    near = difflib.get_close_matches(word, choices, 2, 0.5)
-    return f"did you mean {' or '.join(near)}?" if near else f"choose one of {', '.join(choices)}"
 
 
 def assignments(words: Iterable[str]) -> dict[str, str]:

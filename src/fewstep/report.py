@@ -112,20 +112,20 @@ def page(title: str, lead: str, warnings: Sequence[str], parts: Sequence[str]) -
     return f"{head}<body>{top}{warned}{''.join(parts)}</body></html>\n"
 
 
-def shrink(x: Tensor, longest: int = SHOWN) -> Tensor:
-    """Return (1, C, H, W) averaged down so that no side exceeds `longest`; smaller images are kept."""
+def shrink(x: Tensor) -> Tensor:
+    """Return (1, C, H, W) averaged down so that no side exceeds `SHOWN`; smaller images are kept."""
     height, width = x.shape[-2:]
-    scale = longest / max(height, width)
+    scale = SHOWN / max(height, width)
     if scale >= 1:
         return x
     size = max(1, round(height * scale)), max(1, round(width * scale))
     return F.interpolate(x.float(), size=size, mode="area")
 
 
-def busiest(field: Tensor, side: int = CROP) -> tuple[slice, slice]:
-    """Return the rows and columns of the square of (at most) `side` pixels where the mean of `field`, (H, W), is largest."""
-    height, width = (min(side, n) for n in field.shape)
-    stride = max(1, side // 8)
+def busiest(field: Tensor) -> tuple[slice, slice]:
+    """Return the rows and columns of the square of (at most) `CROP` pixels where the mean of `field`, (H, W), is largest."""
+    height, width = (min(CROP, n) for n in field.shape)
+    stride = CROP // 8
     beyond = [(size - n) % stride for n, size in zip(field.shape, (height, width), strict=True)]
     padded = F.pad(field[None, None].float(), (0, beyond[1], 0, beyond[0]))  # or squares would miss the last few pixels
     means = F.avg_pool2d(padded, (height, width), stride)[0, 0]

@@ -12,7 +12,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -364,8 +364,7 @@ class Trainer:
     @contextmanager
     def _progress(self) -> Iterator[Callable[[], None]]:
         if not self.accelerator.is_main_process:
-            with nullcontext():
-                yield lambda: None
+            yield lambda: None
             return
         from rich.progress import Progress
 

@@ -17,9 +17,10 @@ from types import ModuleType
 from typing import Any
 
 from fewstep.core.density import TargetDensity
+from fewstep.core.names import suggestion
 from fewstep.densities.targets import available_targets, target, target_class
 from fewstep.densities.user import as_target
-from fewstep.options import suggestion, typed_fields
+from fewstep.options import typed_fields
 
 RUN = "run.json"  # what a folder was trained for
 FUNCTION = "log_prob"  # of a file, where none is named

@@ -17,6 +17,7 @@ from fewstep.commands.density_card import density_card
 from fewstep.commands.density_runs import command_line, described, load, notes, show
 from fewstep.commands.density_target import RUN, Named, read_run
 from fewstep.core.files import HEADER, read_header, write_bytes
+from fewstep.core.names import suggestion
 from fewstep.core.registry import get
 from fewstep.densities.base import DensitySampler
 from fewstep.densities.diagnosis import summary
@@ -27,7 +28,7 @@ from fewstep.densities.fit import fit as train_teacher
 from fewstep.densities.report import summary_rows
 from fewstep.densities.teachers._base import Teacher
 from fewstep.densities.whitened import Whitened
-from fewstep.options import suggestion, typed_fields
+from fewstep.options import typed_fields
 from fewstep.outputs import versions, write_json
 
 CHECK = 1024  # draws that say how good a trained sampler is

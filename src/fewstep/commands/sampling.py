@@ -20,9 +20,10 @@ from fewstep.core.denoiser import Denoiser
 from fewstep.core.files import check_target
 from fewstep.core.likelihood import FlatLikelihood
 from fewstep.core.multistep import Solver
+from fewstep.core.names import suggestion
 from fewstep.core.problem import Posterior
 from fewstep.images import save_image
-from fewstep.options import suggestion, typed_fields
+from fewstep.options import typed_fields
 from fewstep.outputs import versions, write_json
 from fewstep.priors.loaders import load_prior
 from fewstep.restore import pick_device

@@ -18,9 +18,22 @@ def like(a: Tensor | float, x: Tensor) -> Tensor:
     return a.reshape(-1, *[1] * (x.ndim - 1))
 
 
+def tile(a: Tensor, k: int) -> Tensor:
+    """Return what belongs to B measurements once for each of k samples, (B, ...) -> (k B, ...).
+
+    Sample i of measurement b is item n = i B + b, so that `x.reshape(k, B, ...)` has them apart again.
+    """
+    return a.repeat(k, *[1] * (a.ndim - 1))
+
+
+def real_rows(a: Tensor) -> Tensor:
+    """View each item as a row of real numbers, (N, *event) -> (N, M); of complex ones real and imaginary parts in turns."""
+    return (torch.view_as_real(a) if a.is_complex() else a).flatten(1)
+
+
 def item_dot(a: Tensor, b: Tensor) -> Tensor:
-    """Inner product of each item, (N, *event) x (N, *event) -> (N,)."""
-    return (a * b).flatten(1).sum(1)
+    """Real part of the inner product <a, b> of each item, (N, *event) x (N, *event) -> (N,)."""
+    return (a * b.conj()).real.flatten(1).sum(1)
 
 
 def item_norm(a: Tensor) -> Tensor:

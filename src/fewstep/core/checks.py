@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from numbers import Integral
 from typing import Any, SupportsFloat
 
@@ -53,6 +54,12 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
     """Raise ValueError unless `value`, which goes by `name`, is a whole number from `least`."""
     if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name} must be a whole number and at least {least}, got {value!r}")
+
+
+def one_of(name: str, value: object, choices: Iterable[object]) -> None:
+    """Raise ValueError where a setting is none of its choices."""
+    if value not in (choices := list(choices)):
+        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
 
 
 def check_gradients() -> None:

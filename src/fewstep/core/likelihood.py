@@ -16,7 +16,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from fewstep.core.batch import item_dot, like
+from fewstep.core.batch import item_dot, like, tile
 from fewstep.core.checks import check_gradients
 from fewstep.core.counts import Counts
 from fewstep.core.linalg import cg
@@ -216,7 +216,7 @@ class GaussianLikelihood(Likelihood):
         if k == 1:
             return self
         twin = copy.copy(self)
-        twin.y = self.y.repeat(k, *[1] * (self.y.ndim - 1))
+        twin.y = tile(self.y, k)
         twin.sigma, twin.batch = self.sigma.repeat(k), self.batch * k
         twin.physics = repeat_physics(self.physics, self.y, k)
         twin.spectrum = self.spectrum.repeat(k) if self.spectrum is not None else None
@@ -289,9 +289,8 @@ class JointLikelihood(Likelihood):
 
     def expand(self, k: int) -> JointLikelihood:
         """See `Likelihood`."""
-        shape = [1] * (self.x_t.ndim - 1)
-        alpha, sigma = (a if a.ndim == 0 or a.shape[0] == 1 else a.repeat(k, *shape) for a in (self.alpha, self.sigma))
-        return JointLikelihood(self.likelihood.expand(k), self.x_t.repeat(k, *shape), alpha, sigma)
+        alpha, sigma = (a if a.ndim == 0 or a.shape[0] == 1 else tile(a, k) for a in (self.alpha, self.sigma))
+        return JointLikelihood(self.likelihood.expand(k), tile(self.x_t, k), alpha, sigma)
 
     def counted(self, counts: Counts) -> JointLikelihood:
         """See `Likelihood`."""

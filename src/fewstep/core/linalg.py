@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fewstep.core.batch import item_norm, like
+from fewstep.core.batch import item_dot, item_norm, like
 
 
 class CGResult(NamedTuple):
@@ -17,11 +17,6 @@ class CGResult(NamedTuple):
     x: Tensor
     residual: Tensor
     iterations: Tensor
-
-
-def item_inner(a: Tensor, b: Tensor) -> Tensor:
-    """Real part of <a, b> for each item, (N, *event) -> (N,)."""
-    return (a * b.conj()).real.flatten(1).sum(1) if a.is_complex() else (a * b).flatten(1).sum(1)
 
 
 def cg(
@@ -49,7 +44,7 @@ def cg(
     unit = like(_unit(b), b)
     b = b / unit
     x, r = (torch.zeros_like(b), b) if x is None else (x / unit, b - operator(x / unit))
-    p, rr = r, item_inner(r, r)
+    p, rr = r, item_dot(r, r)
     scale = item_norm(b).clamp_min(torch.finfo(rr.dtype).tiny)
     count = torch.zeros_like(rr, dtype=torch.long)
     for _ in range(max_iter):
@@ -57,10 +52,10 @@ def cg(
         if not bool(active.any()):
             break
         q = operator(p)
-        curvature = item_inner(p, q)
+        curvature = item_dot(p, q)
         step = torch.where(active & (curvature > 0), rr / curvature.clamp_min(torch.finfo(rr.dtype).tiny), 0.0)
         x, r = x + like(step, x) * p, r - like(step, r) * q
-        new = item_inner(r, r)
+        new = item_dot(r, r)
         beta = torch.where(active, new / rr.clamp_min(torch.finfo(rr.dtype).tiny), 0.0)
         p = torch.where(like(active.to(r.real.dtype), r.real).bool(), r + like(beta, p) * p, p)
         rr = torch.where(active, new, rr)

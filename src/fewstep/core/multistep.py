@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import itertools
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, ClassVar, NamedTuple, Self, final
 
@@ -44,12 +44,6 @@ Predict = Callable[[Posterior, Tensor, Tensor, Noise], Tensor]
 def prior_mean(problem: Posterior, x_t: Tensor, t: Tensor, noise: Noise) -> Tensor:
     """Return E[x_0 | x_t] of the prior, (N, *event): the prediction of an unguided solver."""
     return problem.denoise(x_t, t)
-
-
-def one_of(name: str, value: object, choices: Iterable[object]) -> None:
-    """Raise ValueError where a setting is none of its choices."""
-    if value not in (choices := list(choices)):
-        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
 
 
 class Solver(DiffusionSampler):

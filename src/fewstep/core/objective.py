@@ -14,9 +14,12 @@ from fewstep.core.noise import Noise
 class Objective(ABC):
     """A training loss. Final subclasses are frozen dataclasses, one file each."""
 
-    @abstractmethod
     def players(self, model: nn.Module) -> dict[str, Iterable[nn.Parameter]]:
-        """Return the parameters each player owns, {"model": ...} or {"model": ..., "critic": ...}; they take turns."""
+        """Return the parameters each player owns, such as {"model": ..., "critic": ...}; they take turns.
+
+        There is one player unless a loss says otherwise, which owns all that is trained.
+        """
+        return {"model": [p for p in model.parameters() if p.requires_grad]}
 
     @abstractmethod
     def loss(self, player: str, model: nn.Module, batch: Any, noise: Noise) -> tuple[Tensor, dict[str, float]]:

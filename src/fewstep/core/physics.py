@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.core.linalg import item_inner
+from fewstep.core.batch import item_dot, tile
 
 
 def check_measurement(y: Tensor) -> None:
@@ -46,7 +46,7 @@ def fitting_adjoint(physics: Any, y: Tensor) -> Tensor:
         raise ValueError(f"y has shape {tuple(y.shape)}, the operator {name} gives {tuple(again.shape)}")
     if not bool(torch.isfinite(again).all()):
         raise ValueError(f"the operator {name} gives NaN or infinite values")
-    size, other = item_inner(back, back), item_inner(again, y)  # <A'y, A'y> = <A A'y, y>
+    size, other = item_dot(back, back), item_dot(again, y)  # <A'y, A'y> = <A A'y, y>
     if bool(((size - other).abs() > torch.finfo(size.dtype).eps ** 0.5 * size).any()):
         check_constant(physics, back)  # a constant part upsets the identity too
         raise ValueError(f"A_adjoint of {name} is not the adjoint of its A: <A'y, A'y> and <AA'y, y> differ")
@@ -76,12 +76,12 @@ def repeat_physics(physics: Any, y: Tensor, k: int) -> Any:
     if not owners:
         return physics
     back = physics.A_adjoint(y)
-    pairs = [("A_adjoint", _tile(y, k), _tile(back, k)), ("A", _tile(back, k), _tile(physics.A(back), k))]
+    pairs = [("A_adjoint", tile(y, k), tile(back, k)), ("A", tile(back, k), tile(physics.A(back), k))]
     for least, most in ((1, math.inf), (2, math.inf), (3, math.inf), (1, 1), (math.inf, math.inf)):
         twin = copy.deepcopy(physics)
         for name, tensor in owners.items():
             if least <= tensor.ndim <= most:
-                _replace(twin, name, _tile(tensor.detach(), k))
+                _replace(twin, name, tile(tensor.detach(), k))
         if _maps(twin, pairs):
             return twin
     raise ValueError(f"cannot tell which tensors of {type(physics).__name__} belong to single measurements")
@@ -96,10 +96,6 @@ def _tensors(physics: Any) -> dict[str, Tensor]:
         held = {**kept, **kept["_parameters"], **kept["_buffers"]}
         found |= {f"{path}.{name}".lstrip("."): value for name, value in held.items() if isinstance(value, Tensor)}
     return found
-
-
-def _tile(a: Tensor, k: int) -> Tensor:
-    return a.repeat(k, *[1] * (a.ndim - 1))
 
 
 def _replace(physics: Any, name: str, value: Tensor) -> None:

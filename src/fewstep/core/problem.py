@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
-from fewstep.core.batch import like
+from fewstep.core.batch import like, tile
 from fewstep.core.checks import check_gradients
 from fewstep.core.denoiser import Denoiser
 from fewstep.core.likelihood import Counts, GaussianLikelihood, Likelihood
@@ -83,7 +83,7 @@ class Posterior:
     def expand(self, k: int) -> Posterior:
         """Return the problem with k items per measurement and fresh counters."""
         counts = Counts()
-        cond = self.cond_with(lambda value: value.repeat(k, *[1] * (value.ndim - 1)))
+        cond = self.cond_with(lambda value: tile(value, k))
         return replace(self, likelihood=self.likelihood.expand(k).counted(counts), cond=cond, counts=counts)
 
     def cond_with(self, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:

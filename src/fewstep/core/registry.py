@@ -5,7 +5,6 @@ Other packages add theirs through the entry-point groups `fewstep.methods` and `
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import pkgutil
@@ -13,12 +12,15 @@ from collections.abc import Collection
 from importlib.metadata import entry_points
 from typing import Any
 
+from fewstep.core.names import suggestion
+
 # each folder, the singular of what is in it, and the class that its classes derive from
 FOLDERS = {
     "methods": ("method", "core.sampler:Sampler"),
     "solvers": ("solver", "core.sampler:Sampler"),
     "densities.teachers": ("density sampler", "densities.teachers._base:Teacher"),
     "densities.losses": ("loss", "core.objective:Objective"),
+    "densities.targets": ("target", "core.density:TargetDensity"),
 }
 # what is said, and the folder that is meant
 KINDS = {
@@ -28,6 +30,8 @@ KINDS = {
     "solvers": "solvers",
     "teachers": "densities.teachers",
     "losses": "densities.losses",
+    "target": "densities.targets",
+    "targets": "densities.targets",
 }
 
 
@@ -36,7 +40,7 @@ def available(kind: str = "methods") -> list[str]:
 
     Args:
         kind: "methods" (posterior samplers), "solvers" (prior samplers), "teachers" (samplers of a density, before they are
-            trained) or "losses" (what these minimise).
+            trained), "losses" (what these minimise) or "targets" (densities with certified facts).
     """
     kind = _folder(kind)
     package = importlib.import_module(f"fewstep.{kind}")
@@ -50,15 +54,13 @@ def get(name: str, kind: str = "methods") -> type[Any]:
     Raises:
         ValueError: there is none; the nearest names are suggested.
     """
-    name, folder = name.replace("-", "_"), _folder(kind)
+    word, folder = name.replace("-", "_"), _folder(kind)
     noun, base = FOLDERS[folder]
-    if name not in (names := available(kind)):
-        near = difflib.get_close_matches(name, names, 3, 0.4)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"choose one of {', '.join(names)}"
-        raise ValueError(f"unknown {noun} {name!r}; {hint}")
-    for point in entry_points(group=f"fewstep.{folder}", name=name):
+    if word not in (names := available(kind)):
+        raise ValueError(f"unknown {noun} {name!r}; {suggestion(word, names)}")
+    for point in entry_points(group=f"fewstep.{folder}", name=word):
         return point.load()
-    return _only_class(f"fewstep.{folder}.{name}", base)
+    return _only_class(f"fewstep.{folder}.{word}", base)
 
 
 def fitting(provides: Collection[str]) -> list[str]:

@@ -59,9 +59,9 @@ class Sampler(Presets, ABC):
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": {}}
 
     @property
-    @abstractmethod
     def nfe(self) -> int:
-        """Network calls per sample; the most where they depend on the sample (`nfe_varies`)."""
+        """Network calls per sample: one per step unless a method says otherwise; the most of them where `nfe_varies`."""
+        return self.steps
 
     @abstractmethod
     def init(self, problem: Posterior, noise: Noise) -> State:

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.core.batch import tile
+
 Function = Callable[[Tensor], Tensor]
 Adjoint = Callable[[Tensor], Tensor]
 
@@ -59,7 +61,7 @@ def inverse_square(s: Tensor, keep: Tensor) -> Tensor:
 
 
 def _repeat(a: Tensor, k: int) -> Tensor:
-    return a if a.shape[0] == 1 else a.repeat(k, *[1] * (a.ndim - 1))
+    return a if a.shape[0] == 1 else tile(a, k)
 
 
 @dataclass(frozen=True)

@@ -256,11 +256,11 @@ def smc_through(
     )
 
 
-def _step_size(kernel: Hamiltonian, bridge: Bridge, y: Tensor, seed: int, steps: int = 60) -> Tensor:
+def _step_size(kernel: Hamiltonian, bridge: Bridge, y: Tensor, seed: int) -> Tensor:
     """Return step sizes, (d,), at which the kernel accepts as it should on copies of `y`."""
     noise, one = Streams(seed, range(len(y)), y.dtype, y.device), torch.ones((), dtype=torch.float64)
     state, size = bridge.at(y), torch.full_like(y[0], 0.1)
-    for k in range(steps):
+    for k in range(60):
         state, accept = kernel.step(bridge, state, one, size, noise)
         size = kernel.adapted(size, accept.mean(), k)
     return size

@@ -33,6 +33,7 @@ METHODS = {"cdds": CDDS}
 # folders of the last steps, and their learning rates over that of the first
 POLISHES = {"polish": 0.5, "polish_slower": 0.125}
 OPTIONS = FitOptions(train_steps=8000, batch=1024, lr=4e-3, ema=0.999)
+COMPARED = 16_384  # draws of each of two maps, of which the better is kept
 
 
 def distill(
@@ -85,12 +86,12 @@ def distill(
         return student.balanced(sampler, options.seed)
 
 
-def better(first: MapSampler, last: MapSampler, seed: int = 0, n: int = 16_384) -> MapSampler:
+def better(first: MapSampler, last: MapSampler, seed: int = 0) -> MapSampler:
     """Return the one whose one-step draws have the larger ESS, but never a `last` whose log Z lies clearly below that of `first`.
 
     Such a map has lost a part of the target, which its own weights do not show; a warning says so.
     """
-    before, after = (sampler.sample(n, 1, seed=seed) for sampler in (first, last))
+    before, after = (sampler.sample(COMPARED, 1, seed=seed) for sampler in (first, last))
     if gone := lost(before, after):
         warnings.warn(
             f"the last steps lost a part of the target (log Z {after.log_z:.3f}, before them {before.log_z:.3f}) and are not kept",

@@ -40,11 +40,11 @@ def fit_mixture(x: Tensor, components: int, means: Tensor | None = None, seed: i
     return Fitted(*(value.float() for value in found))
 
 
-def _maximised(x: Tensor, means: Tensor, steps: int = 200) -> tuple[float, Fitted]:
-    """Return the mean log-likelihood and the mixture where a step gains less than 1e-6 per sample, or after `steps`."""
+def _maximised(x: Tensor, means: Tensor) -> tuple[float, Fitted]:
+    """Return the mean log-likelihood and the mixture where a step gains less than 1e-6 per sample, or after 200 steps."""
     floor, last = FLOOR * x.var(0).mean().clamp_min(1e-12), -math.inf
     shares = torch.nn.functional.one_hot(torch.cdist(x, means).argmin(1), len(means)).double()
-    for _ in range(steps):
+    for _ in range(200):
         count = shares.sum(0).clamp_min(1e-9)
         weights, means = count / count.sum(), shares.T @ x / count[:, None]
         variances = (shares.T @ x.square() / count[:, None] - means.square()).clamp_min(floor)

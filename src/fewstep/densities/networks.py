@@ -58,31 +58,6 @@ class Control(Denoiser):
         return alpha * x_t + sigma**2 * self.drift(x_t, t, self.guide(x_t))
 
 
-class Known(Control):
-    """A denoiser that is known, an exact or a trained one, as a control.
-
-    Args:
-        denoiser: E[x_0 | x_t] of (d,) events under a variance-preserving schedule.
-        variances: of the Gaussian that kernels take the target for, (d,) or ().
-    """
-
-    variances: Tensor
-
-    def __init__(self, denoiser: Denoiser, variances: Tensor | float = 1.0) -> None:
-        super().__init__()
-        check_preserving(denoiser.schedule)
-        self.denoiser, self.schedule = denoiser, denoiser.schedule
-        self.event_shape = tuple(int(n or 0) for n in denoiser.event_shape)
-        self.register_buffer("variances", torch.as_tensor(variances).expand(self.event_shape).clone())
-
-    def guide(self, y: Tensor) -> None:
-        """See `Control`; nothing is needed."""
-
-    def moments(self, y: Tensor, t: Tensor, guide: Tensor | None) -> Moments:
-        """See `Control`."""
-        return Moments(drift_of(self.denoiser, y, t), self.variances.to(y).expand_as(y))
-
-
 @dataclass(frozen=True)
 class NetConfig:
     """The size and the start of a `ControlNet`.

@@ -71,11 +71,11 @@ def falls(target: TargetDensity, start: Tensor, ways: Tensor) -> Tensor:
     return torch.where(gone | value[-1].isneginf(), -torch.inf, slope.nan_to_num(nan=-torch.inf))
 
 
-def ascend(target: TargetDensity, x: Tensor, steps: int = 100) -> Tensor:
+def ascend(target: TargetDensity, x: Tensor) -> Tensor:
     """Return higher points from `x`, (N, d), by gradient steps of a length that each item adapts; far on a slope that never ends."""
     size = torch.ones(len(x), 1, dtype=x.dtype)
     value = target.log_prob(x)
-    for _ in range(steps):
+    for _ in range(100):
         score = target.score(x)
         trial = x + size * score / (1 + score.norm(dim=1, keepdim=True))
         new = target.log_prob(trial)
@@ -85,10 +85,10 @@ def ascend(target: TargetDensity, x: Tensor, steps: int = 100) -> Tensor:
     return x
 
 
-def climb(target: TargetDensity, x: Tensor, steps: int = 40) -> Tensor:
+def climb(target: TargetDensity, x: Tensor) -> Tensor:
     """Return a higher point from `x`, (d,), by Newton steps with absolute curvatures: out along a slope that levels off."""
     value = target.log_prob(x[None])[0]
-    for _ in range(steps):
+    for _ in range(40):
         curvatures, ways = hessian(target, x)
         damped = curvatures.abs().clamp_min(1e-8 * curvatures.abs().max() + 1e-12)
         move = ways @ ((target.score(x[None])[0] @ ways) / damped)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fewstep.core.batch import like
-from fewstep.core.checks import check_counts, check_not_negative, check_positive, check_rising
+from fewstep.core.checks import check_counts, check_not_negative, check_positive, check_rising, one_of
 from fewstep.core.flow import flow_calls, probability_flow
 from fewstep.core.grid import spaced
 from fewstep.core.likelihood import JointLikelihood
@@ -72,8 +72,7 @@ class DAPS(Sampler):
     )
 
     def __post_init__(self) -> None:
-        if self.inner not in INNER:
-            raise ValueError(f"unknown inner {self.inner!r}; choose one of {', '.join(INNER)}")
+        one_of("inner", self.inner, INNER)
         if self.ode_order not in (1, 2):
             raise ValueError(f"ode_order is 1 (Euler) or 2 (Heun), got {self.ode_order}")
         check_counts(self, "ode_steps", "langevin_steps")

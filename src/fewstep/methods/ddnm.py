@@ -41,7 +41,7 @@ class DDNM(DiffusionSampler):
 
     steps: int = 100
     eta: float = 0.85
-    grid: str = "uniform"
+    grid: str | tuple[float, ...] = "uniform"
 
     needs: ClassVar = frozenset({"gaussian", "svd"})
     exact: ClassVar = "biased"
@@ -56,11 +56,6 @@ class DDNM(DiffusionSampler):
 
     def __post_init__(self) -> None:
         check_shares(self, "eta")
-
-    @property
-    def nfe(self) -> int:
-        """See `Sampler`."""
-        return self.steps
 
     def step(self, problem: Posterior, state: State, k: int, noise: Noise) -> State:
         """See `Sampler`."""

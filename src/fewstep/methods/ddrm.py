@@ -43,7 +43,7 @@ class DDRM(DiffusionSampler):
     steps: int = 20
     eta: float = 0.85
     eta_b: float = 1.0
-    grid: str = "uniform"
+    grid: str | tuple[float, ...] = "uniform"
 
     needs: ClassVar = frozenset({"gaussian", "svd"})
     exact: ClassVar = "biased"
@@ -58,11 +58,6 @@ class DDRM(DiffusionSampler):
 
     def __post_init__(self) -> None:
         check_shares(self, "eta", "eta_b")
-
-    @property
-    def nfe(self) -> int:
-        """See `Sampler`."""
-        return self.steps
 
     def init(self, problem: Posterior, noise: Noise) -> State:
         """See `Sampler`; directions in which y is the cleaner start at y, noised to the first level."""

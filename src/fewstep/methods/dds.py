@@ -37,7 +37,7 @@ class DDS(DiffusionSampler):
     gamma: float = 1.0
     iterations: int = 5
     eta: float = 0.85
-    grid: str = "uniform"
+    grid: str | tuple[float, ...] = "uniform"
 
     needs: ClassVar = frozenset({"gaussian"})
     exact: ClassVar = "biased"
@@ -54,11 +54,6 @@ class DDS(DiffusionSampler):
         check_shares(self, "eta")
         check_positive(self, "gamma")
         check_counts(self, "iterations")
-
-    @property
-    def nfe(self) -> int:
-        """See `Sampler`."""
-        return self.steps
 
     def step(self, problem: Posterior, state: State, k: int, noise: Noise) -> State:
         """See `Sampler`."""

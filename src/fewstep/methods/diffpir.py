@@ -31,7 +31,7 @@ class DiffPIR(DiffusionSampler):
     steps: int = 100
     lam: float = 7.0
     zeta: float = 0.3
-    grid: str = "quadratic"
+    grid: str | tuple[float, ...] = "quadratic"
 
     needs: ClassVar = frozenset({"prox"})
     exact: ClassVar = "biased"
@@ -53,11 +53,6 @@ class DiffPIR(DiffusionSampler):
     def __post_init__(self) -> None:
         check_positive(self, "lam")
         check_shares(self, "zeta")
-
-    @property
-    def nfe(self) -> int:
-        """See `Sampler`."""
-        return self.steps
 
     def step(self, problem: Posterior, state: State, k: int, noise: Noise) -> State:
         """See `Sampler`."""

@@ -40,7 +40,7 @@ class DPS(DiffusionSampler):
     zeta: float = 1.0
     eta: float = 1.0
     norm: bool = True
-    grid: str = "uniform"
+    grid: str | tuple[float, ...] = "uniform"
 
     needs: ClassVar = frozenset({"gaussian", "gradient"})
     exact: ClassVar = "biased"
@@ -59,11 +59,6 @@ class DPS(DiffusionSampler):
     def __post_init__(self) -> None:
         check_shares(self, "eta")
         check_positive(self, "zeta")
-
-    @property
-    def nfe(self) -> int:
-        """See `Sampler`."""
-        return self.steps
 
     def step(self, problem: Posterior, state: State, k: int, noise: Noise) -> State:
         """See `Sampler`."""

@@ -25,7 +25,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fewstep.core.checks import check_counts, check_not_negative, check_positive
+from fewstep.core.checks import check_counts, check_not_negative, check_positive, one_of
 from fewstep.core.flow import flow_calls, ladder, probability_flow
 from fewstep.core.grid import spaced, uniform
 from fewstep.core.noise import Noise
@@ -91,8 +91,7 @@ class LATINO(Sampler):
     )
 
     def __post_init__(self) -> None:
-        if self.ladder not in LADDERS:
-            raise ValueError(f"unknown ladder {self.ladder!r}; choose one of {', '.join(LADDERS)}")
+        one_of("ladder", self.ladder, LADDERS)
         check_positive(self, "pairing", "ratio_min", "power")
         check_not_negative(self, "bound")
         check_counts(self, "decoder_steps")

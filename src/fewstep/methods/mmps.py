@@ -39,7 +39,7 @@ class MMPS(GuidedSampler):
     steps: int = 100
     eta: float = 1.0
     iterations: int = 3
-    grid: str = "uniform"
+    grid: str | tuple[float, ...] = "uniform"
 
     needs: ClassVar = frozenset({"gaussian", "gradient"})
     prediction: ClassVar = "mean"
@@ -56,11 +56,6 @@ class MMPS(GuidedSampler):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_counts(self, "iterations")
-
-    @property
-    def nfe(self) -> int:
-        """See `Sampler`."""
-        return self.steps
 
     def predict_x0(self, problem: Posterior, x_t: Tensor, t: Tensor, noise: Noise) -> Tensor:
         """See `GuidedSampler`."""

@@ -38,7 +38,7 @@ class PiGDM(GuidedSampler):
     eta: float = 1.0
     spread: float = 1.0
     adaptive: bool = False
-    grid: str = "uniform"
+    grid: str | tuple[float, ...] = "uniform"
 
     needs: ClassVar = frozenset({"gaussian", "gradient"})
     prediction: ClassVar = "mean"
@@ -57,11 +57,6 @@ class PiGDM(GuidedSampler):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(self, "spread")
-
-    @property
-    def nfe(self) -> int:
-        """See `Sampler`."""
-        return self.steps
 
     def predict_x0(self, problem: Posterior, x_t: Tensor, t: Tensor, noise: Noise) -> Tensor:
         """See `GuidedSampler`."""

@@ -45,7 +45,7 @@ class REDDiff(DiffusionSampler):
     steps: int = 1000
     lam: float = 0.25
     lr: float = 0.1
-    grid: str = "uniform"
+    grid: str | tuple[float, ...] = "uniform"
 
     needs: ClassVar = frozenset({"gaussian"})
     exact: ClassVar = "mode"
@@ -62,11 +62,6 @@ class REDDiff(DiffusionSampler):
     def __post_init__(self) -> None:
         check_not_negative(self, "lam")
         check_positive(self, "lr")
-
-    @property
-    def nfe(self) -> int:
-        """See `Sampler`."""
-        return self.steps
 
     def init(self, problem: Posterior, noise: Noise) -> State:
         """See `Sampler`; the pseudo-inverse of y."""

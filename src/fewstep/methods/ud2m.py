@@ -49,7 +49,7 @@ class UD2M(UnfoldedSampler):
     start: str = "blend"
     eta: float = 0.8
     kernel: str = "one_step"
-    grid: str = "quadratic"
+    grid: str | tuple[float, ...] = "quadratic"
 
     exact: ClassVar = "biased"
     limit: ClassVar = (

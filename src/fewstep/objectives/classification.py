@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,10 +21,6 @@ class CrossEntropy(Objective):
     """
 
     smoothing: float = 0.0
-
-    def players(self, model: nn.Module) -> dict[str, Iterable[nn.Parameter]]:
-        """See `Objective`: one player, the classifier."""
-        return {"model": model.parameters()}
 
     def loss(
         self, player: str, model: nn.Module, batch: dict[str, Any], noise: Noise

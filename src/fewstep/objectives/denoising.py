@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,10 +43,6 @@ class DenoisingScoreMatching(Objective):
             raise ValueError("0 < ratio_min < ratio_max, median > 0 and sigma_data > 0 are needed")
         if not 0 <= self.uniform <= 1 or self.spread < 0:
             raise ValueError("uniform is a share in [0, 1] and spread must not be negative")
-
-    def players(self, model: nn.Module) -> dict[str, Iterable[nn.Parameter]]:
-        """See `Objective`: one player, the denoiser."""
-        return {"model": model.parameters()}
 
     def ratios(self, noise: Noise) -> Tensor:
         """Return one ratio per item, (N,)."""

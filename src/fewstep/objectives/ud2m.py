@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fewstep.core.batch import item_dot, like
+from fewstep.core.batch import item_dot, like, tile
 from fewstep.core.checks import check_counts, check_not_negative
 from fewstep.core.denoiser import Denoiser
 from fewstep.core.likelihood import Likelihood
@@ -151,7 +151,7 @@ class UD2M(Objective):
         x_t = like(alpha, x0) * x0 + like(sigma, x0) * noise.randn_like(x0)
         problem = Posterior(self.prior, likelihood).expand(self.draws)
         streams = noise.expand(self.draws)
-        at, times = repeat(x_t, self.draws), t.repeat(self.draws)
+        at, times = tile(x_t, self.draws), t.repeat(self.draws)
         previous = remembered(contest.network, problem, at, times, streams)
         draws = contest.network(problem, at, times, streams, previous)
         return Turn(contest, likelihood, draws, x0, sigma / alpha, streams)
@@ -183,7 +183,7 @@ class Turn(NamedTuple):
         """Return what the critic knows of y and t, `count` times: E[x_0 | y] under a standard normal prior, and the ratio of x_t."""
         with torch.no_grad(), exactly(self.x0):
             back = self.likelihood.prox(torch.zeros_like(self.x0), torch.ones_like(self.ratio))
-        return repeat(back, count), self.ratio.repeat(count)
+        return tile(back, count), self.ratio.repeat(count)
 
 
 @torch.no_grad()
@@ -203,11 +203,6 @@ def remembered(network: nn.Module, problem: Posterior, x_t: Tensor, t: Tensor, n
     return torch.where(like(t, x_t) < 1, again, first)
 
 
-def repeat(x: Tensor, count: int) -> Tensor:
-    """Return (B, ...) `count` times, draw by draw."""
-    return x.repeat(count, *[1] * (x.ndim - 1))
-
-
 def _energy(o: UD2M, turn: Turn) -> Tensor:
     scores = []
     for embed in o.embeddings:
@@ -220,13 +215,13 @@ def _energy(o: UD2M, turn: Turn) -> Tensor:
 def _perceptual(o: UD2M, turn: Turn) -> Tensor:
     assert o.lpips is not None
     with torch.no_grad():
-        truth = [repeat(part, turn.per_item) for part in lpips_features(o.lpips, turn.x0)]
+        truth = [tile(part, turn.per_item) for part in lpips_features(o.lpips, turn.x0)]
     return lpips_distance(drawn_features(o.lpips, turn.draws), truth)
 
 
 def _noise(o: UD2M, turn: Turn) -> Tensor:
     weight = turn.ratio.square().reciprocal().clamp_max(o.weights.noise_cap).repeat(turn.per_item)
-    error = turn.draws - repeat(turn.x0, turn.per_item)
+    error = turn.draws - tile(turn.x0, turn.per_item)
     return weight * item_dot(error, error) / turn.x0[0].numel()
 
 

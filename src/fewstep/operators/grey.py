@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.core.batch import like
 from fewstep.core.likelihood import Counts, GaussianLikelihood, Likelihood
 from fewstep.core.noise import Noise
 from fewstep.core.spectral import Adjoint, Function, Spectrum
@@ -110,7 +111,7 @@ class GreyLikelihood(Likelihood):
 
     def draw(self, z: Tensor, rho: Tensor | float, noise: Noise) -> Tensor:
         """See `Likelihood`."""
-        free = z + torch.as_tensor(rho).to(z).reshape(-1, *[1] * (z.ndim - 1)) * noise.randn_like(z)
+        free = z + like(rho, z) * noise.randn_like(z)
         return free + spread(self.grey.draw(luma(z), rho * _size(), noise) - luma(free)) / _size() ** 2
 
     def start(self) -> Tensor:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.core.batch import item_dot, item_norm, like
+from fewstep.core.batch import item_dot, item_norm, like, tile
 from fewstep.core.likelihood import Counts, GaussianLikelihood, Likelihood
 from fewstep.core.linalg import cg
 from fewstep.core.noise import Noise
@@ -100,7 +100,7 @@ class PoissonLikelihood(Likelihood):
 
     def prox(self, z: Tensor, rho: Tensor | float) -> Tensor:
         """See `Likelihood`."""
-        rho = like(torch.as_tensor(rho, dtype=z.dtype, device=z.device), z).expand(z.shape[0], *[1] * (z.ndim - 1))
+        rho = like(rho, z)
         if self.diagonal is not None:
             return self._prox_pixels(z, rho)
         return self._prox_newton(z, rho)
@@ -126,10 +126,9 @@ class PoissonLikelihood(Likelihood):
         twin.physics, twin.batch = repeat_physics(self.physics, self.y, k), self.batch * k
         twin.gain, twin.sigma = self.gain.repeat(k), self.sigma.repeat(k)
         for name in ("y", "photons", "offset"):
-            value = getattr(self, name)
-            setattr(twin, name, value.repeat(k, *[1] * (value.ndim - 1)))
+            setattr(twin, name, tile(getattr(self, name), k))
         if self.diagonal is not None and self.diagonal.shape[0] > 1:
-            twin.diagonal = self.diagonal.repeat(k, *[1] * (self.diagonal.ndim - 1))
+            twin.diagonal = tile(self.diagonal, k)
         return twin
 
     def _back(self, r: Tensor) -> Tensor:
@@ -193,9 +192,7 @@ class PoissonLikelihood(Likelihood):
         return length
 
 
-def bracketed_newton(
-    slope: Callable[[Tensor], tuple[Tensor, Tensor]], a: Tensor, b: Tensor, max_iter: int = 100
-) -> Tensor:
+def bracketed_newton(slope: Callable[[Tensor], tuple[Tensor, Tensor]], a: Tensor, b: Tensor) -> Tensor:
     """Return the root of an increasing function in every element, to rounding.
 
     Newton's step is taken where it stays inside the bracket, bisection otherwise. Each element stops by itself. For the concave
@@ -204,12 +201,11 @@ def bracketed_newton(
     Args:
         slope: x -> (value, derivative), elementwise.
         a, b: two points with the root between them, in either order.
-        max_iter: the most steps.
     """
     low, high = torch.minimum(a, b), torch.maximum(a, b)
     x, done = a, torch.zeros_like(a, dtype=torch.bool)
     small = 4 * torch.finfo(a.dtype).eps
-    for _ in range(max_iter):
+    for _ in range(100):
         value, derivative = slope(x)
         low, high = torch.where(value <= 0, x, low), torch.where(value >= 0, x, high)
         newton = x - value / derivative

@@ -6,7 +6,6 @@ simulated measurement, and the image that a restoration has to beat. Images are 
 
 from __future__ import annotations
 
-import difflib
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from fewstep.core.likelihood import GaussianLikelihood, Likelihood
+from fewstep.core.names import suggestion
 from fewstep.images import DAMAGE, TOO_LARGE
 from fewstep.operators import kernels
 from fewstep.operators.base import AUTO, WORDS, Operator, Shape, option, register, shape_of
@@ -36,9 +36,7 @@ def operators() -> dict[str, str]:
 def get_operator(word: str) -> type[Operator]:
     """Return the class of a word; ValueError with the nearest words where there is none."""
     if word not in WORDS:
-        near = difflib.get_close_matches(word, list(WORDS), 3, 0.4)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"choose one of {', '.join(sorted(WORDS))}"
-        raise ValueError(f"unknown operator {word!r}; {hint}")
+        raise ValueError(f"unknown operator {word!r}; {suggestion(word, WORDS)}")
     return WORDS[word]
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.core.batch import like
+from fewstep.core.batch import like, real_rows
 from fewstep.core.denoiser import Denoiser
 from fewstep.core.likelihood import FlatLikelihood, GaussianLikelihood, JointLikelihood, Likelihood
 from fewstep.core.noise import Noise, mix
@@ -329,7 +329,7 @@ def gaussian_terms(likelihood: Likelihood) -> tuple[Tensor, Tensor, Tensor]:
     if not isinstance(likelihood, GaussianLikelihood):
         raise TypeError(f"{type(likelihood).__name__} is not linear-Gaussian")
     matrix = dense_matrix(likelihood)
-    y = _real(likelihood.y)
+    y = real_rows(likelihood.y)
     variance = likelihood.sigma**2
     precision = matrix.mT @ matrix / variance[:, None, None]
     shift = torch.einsum("bmd,bm->bd", matrix, y) / variance[:, None]
@@ -343,12 +343,8 @@ def dense_matrix(likelihood: GaussianLikelihood) -> Tensor:
     size, batch = likelihood.event_shape.numel(), likelihood.batch
     eye = torch.eye(size, dtype=likelihood.dtype, device=likelihood.device)
     basis = eye.repeat_interleave(batch, 0).reshape(-1, *likelihood.event_shape)
-    columns = _real(likelihood.expand(size).physics.A(basis))
+    columns = real_rows(likelihood.expand(size).physics.A(basis))
     return columns.reshape(size, batch, -1).permute(1, 2, 0)
-
-
-def _real(y: Tensor) -> Tensor:
-    return (torch.view_as_real(y) if y.is_complex() else y).flatten(1)
 
 
 def _full(covs: Tensor, count: int, size: int) -> Tensor:

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fewstep.core.multistep import EPSILON, VARIABLES, MultistepSolver, Point, Stage, interpolated, one_of
+from fewstep.core.checks import one_of
+from fewstep.core.multistep import EPSILON, VARIABLES, MultistepSolver, Point, Stage, interpolated
 from fewstep.core.schedule import Schedule
 from fewstep.solvers._references import EXPONENTIAL
 

@@ -23,7 +23,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fewstep.core.multistep import Predict, Solver, one_of
+from fewstep.core.checks import one_of
+from fewstep.core.multistep import Predict, Solver
 from fewstep.core.noise import Noise
 from fewstep.core.problem import Posterior
 from fewstep.core.reference import Reference

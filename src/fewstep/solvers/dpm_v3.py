@@ -18,7 +18,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fewstep.core.multistep import X0, MultistepSolver, Point, Stage, lagrange, one_of, quadrature
+from fewstep.core.checks import one_of
+from fewstep.core.multistep import X0, MultistepSolver, Point, Stage, lagrange, quadrature
 from fewstep.core.reference import Reference
 from fewstep.core.schedule import Schedule
 from fewstep.solvers._statistics import Statistics, estimate

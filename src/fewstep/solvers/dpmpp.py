@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from fewstep.core.batch import like
-from fewstep.core.multistep import X0, MultistepSolver, Point, Stage, interpolated, midpoint, one_of, row
+from fewstep.core.checks import one_of
+from fewstep.core.multistep import X0, MultistepSolver, Point, Stage, interpolated, midpoint, row
 from fewstep.core.schedule import Schedule
 from fewstep.solvers._references import DPM_SOLVER_PP
 

@@ -13,7 +13,8 @@ from typing import ClassVar
 
 import torch
 
-from fewstep.core.multistep import X0, MultistepSolver, Point, Stage, one_of
+from fewstep.core.checks import one_of
+from fewstep.core.multistep import X0, MultistepSolver, Point, Stage
 from fewstep.core.schedule import Schedule
 from fewstep.solvers._references import DPM_SOLVER_PP
 

@@ -9,7 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fewstep.core.multistep import X0, MultistepSolver, Point, Stage, midpoint, one_of, row
+from fewstep.core.checks import one_of
+from fewstep.core.multistep import X0, MultistepSolver, Point, Stage, midpoint, row
 from fewstep.core.schedule import Schedule
 from fewstep.solvers._references import DPM_SOLVER_PP
 

@@ -60,11 +60,6 @@ class MASF(Solver):
         if not all(0 < gamma <= 1 for gamma in (*self.low, *self.mixed, *self.high)):
             raise ValueError(f"all weights must lie in (0, 1], got {self!r}")
 
-    @property
-    def nfe(self) -> int:
-        """See `Sampler`."""
-        return self.steps
-
     def advance(self, problem: Posterior, state: State, k: int, noise: Noise, predict: Predict) -> State:
         """See `Solver`; the state's memory is the average of the predictions.
 

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fewstep.core.multistep import EPSILON, MultistepSolver, Point, Stage, one_of, row
+from fewstep.core.checks import one_of
+from fewstep.core.multistep import EPSILON, MultistepSolver, Point, Stage, row
 from fewstep.core.schedule import Schedule
 from fewstep.solvers._references import EXPONENTIAL
 

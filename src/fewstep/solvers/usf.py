@@ -19,7 +19,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fewstep.core.multistep import X0, Coefficient, MultistepSolver, Point, Stage, one_of
+from fewstep.core.checks import one_of
+from fewstep.core.multistep import X0, Coefficient, MultistepSolver, Point, Stage
 from fewstep.core.schedule import Schedule
 from fewstep.solvers._decisions import FORMS, RELAXATIONS, TERMS, Decision, Increment, correction, moved_by
 from fewstep.solvers._references import UNIFIED

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.core.batch import like
+from fewstep.core.batch import item_dot, like, real_rows, tile
 from fewstep.core.likelihood import GaussianLikelihood, JointLikelihood, Likelihood
 from fewstep.core.noise import Noise, mix
 from fewstep.priors.exact import dense_matrix
@@ -87,7 +87,7 @@ def check_adjoint(likelihood: GaussianLikelihood, tol: float = 1e-8, seed: int =
     """<A x, v> = <x, A' v> for random x and v of each item."""
     x = points(likelihood, seed)
     v = noise_of(likelihood, seed + 1).randn_like(likelihood.y)
-    left, right = _inner(likelihood.A(x), v), _inner(x, likelihood.A_adjoint(v))
+    left, right = item_dot(likelihood.A(x), v), item_dot(x, likelihood.A_adjoint(v))
     size = likelihood.A(x).abs().flatten(1).norm(dim=1) * v.abs().flatten(1).norm(dim=1)
     error = float(((left - right).abs() / size.clamp_min(1e-300)).max())
     assert error <= tol, f"A_adjoint is not the adjoint of A: relative error {error:.1e}"
@@ -122,8 +122,8 @@ def check_projection(likelihood: Likelihood, tol: float = 1e-4, seed: int = 0) -
     p, q = likelihood.prox(a, 1.0), likelihood.prox(b, 1.0)
     close(likelihood.prox(p, 1.0), p, tol, "a projection applied twice")
     close(likelihood.prox(a, 0.1), p, tol, "a projection at another rho")
-    gap = _inner(p - q, a - b) - _inner(p - q, p - q)
-    assert bool((gap >= -tol * _inner(a - b, a - b)).all()), f"not firmly nonexpansive: {gap.tolist()}"
+    gap = item_dot(p - q, a - b) - item_dot(p - q, p - q)
+    assert bool((gap >= -tol * item_dot(a - b, a - b)).all()), f"not firmly nonexpansive: {gap.tolist()}"
 
 
 def check_joint(likelihood: GaussianLikelihood, tol: float = 1e-8, seed: int = 0) -> None:
@@ -152,7 +152,7 @@ def check_draw(likelihood: Likelihood, rho: float = 0.7, num_samples: int = 4000
 
     def draw() -> Tensor:
         noise = Noise.spawn(seeds, range(num_samples), likelihood.dtype, likelihood.device)
-        return many.draw(z.repeat(num_samples, *[1] * (z.ndim - 1)), rho, noise)
+        return many.draw(tile(z, num_samples), rho, noise)
 
     x = draw()
     assert torch.equal(x, draw()), "a draw is not decided by its noise"
@@ -223,10 +223,6 @@ def _levels(likelihood: Likelihood) -> Tensor:
     return torch.linspace(0.3, 2.0, likelihood.batch, dtype=likelihood.dtype, device=likelihood.device)
 
 
-def _real(y: Tensor) -> Tensor:
-    return (torch.view_as_real(y) if y.is_complex() else y).flatten(1)
-
-
 def _real_matrix(likelihood: GaussianLikelihood) -> Tensor:
     return dense_matrix(likelihood).to(likelihood.dtype)
 
@@ -236,11 +232,7 @@ def _precision(likelihood: GaussianLikelihood, matrix: Tensor) -> Tensor:
 
 
 def _pulled(likelihood: GaussianLikelihood, matrix: Tensor) -> Tensor:
-    return torch.einsum("bmd,bm->bd", matrix, _real(likelihood.y)) / likelihood.sigma[:, None] ** 2
-
-
-def _inner(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b.conj()).real.flatten(1).sum(1) if a.is_complex() or b.is_complex() else (a * b).flatten(1).sum(1)
+    return torch.einsum("bmd,bm->bd", matrix, real_rows(likelihood.y)) / likelihood.sigma[:, None] ** 2
 
 
 def _values(likelihood: Any) -> list[Tensor]:

@@ -41,18 +41,13 @@ class ExactMean(GuidedSampler):
 
     steps: int = 100
     eta: float = 0.0
-    grid: str = "uniform"
+    grid: str | tuple[float, ...] = "uniform"
 
     needs: ClassVar = frozenset({"gaussian"})
     prediction: ClassVar = "mean"
     exact: ClassVar = "posterior"
     limit: ClassVar = "the posterior as steps grow; too narrow before"
     reference: ClassVar = _DDIM
-
-    @property
-    def nfe(self) -> int:
-        """See `Sampler`; one evaluation of the oracle counts as one network call."""
-        return self.steps
 
     def predict_x0(self, problem: Posterior, x_t: Tensor, t: Tensor, noise: Noise) -> Tensor:
         """See `GuidedSampler`."""
@@ -71,18 +66,13 @@ class ExactDraw(GuidedSampler):
 
     steps: int = 10
     eta: float = 1.0
-    grid: str = "uniform"
+    grid: str | tuple[float, ...] = "uniform"
 
     needs: ClassVar = frozenset({"gaussian"})
     prediction: ClassVar = "draw"
     exact: ClassVar = "posterior"
     limit: ClassVar = "the posterior, at any number of steps, up to p(x_1) being called pure noise"
     reference: ClassVar = _DDIM
-
-    @property
-    def nfe(self) -> int:
-        """See `Sampler`; one exact draw counts as one network call."""
-        return self.steps
 
     def predict_x0(self, problem: Posterior, x_t: Tensor, t: Tensor, noise: Noise) -> Tensor:
         """See `GuidedSampler`."""
@@ -97,5 +87,5 @@ def exact_conditional(problem: Posterior, x_t: Tensor, t: Tensor) -> ExactPoster
     """
     if not isinstance(problem.prior, GaussianPrior | MixturePrior):
         raise ValueError(f"{type(problem.prior).__name__} does not know its posterior; use a Gaussian or mixture prior")
-    problem.counts.network += 1
+    problem.counts.network += 1  # the exact mean is in the place of a network
     return problem.prior.posterior(JointLikelihood(problem.likelihood, x_t, *problem.schedule(t)))

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from fewstep.core.batch import like
+from fewstep.core.checks import one_of
 from fewstep.core.grid import lowest_ratio
-from fewstep.core.multistep import one_of
 from fewstep.core.reference import Reference
 from fewstep.tuning.base import FINE, State, Task, Tuner, reference, times_from
 from fewstep.tuning.losses import LOSSES, best_times, named_grids
@@ -167,16 +167,3 @@ def shortest_path(cost: Tensor, steps: int) -> list[int]:
     for origin in reversed(previous):
         nodes.insert(0, int(origin[nodes[0]]))
     return [0, *nodes]
-
-
-def gaussian_cost(high: Tensor, low: Tensor, std: float, size: int) -> Tensor:
-    """Return the exact cost of a step from ratio `high` to `low` on N(0, std^2 I) in `size` dimensions, shape of both."""
-    q = (1 + (std / low) ** 2) / (1 + (std / high) ** 2)
-    return size / 2 * (q - 1 - q.log())
-
-
-def gaussian_ratios(high: Tensor, low: Tensor, std: float, steps: int) -> Tensor:
-    """Return the `steps` + 1 falling ratios that are best on N(0, std^2 I), by the progression of the module's docstring."""
-    ends = torch.log1p((std / torch.stack([high, low])) ** 2)
-    logs = ends[0] + torch.linspace(0, 1, steps + 1, dtype=ends.dtype) * (ends[1] - ends[0])
-    return std / torch.expm1(logs).sqrt()

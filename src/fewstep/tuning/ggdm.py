@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fewstep.core.multistep import MultistepSolver, one_of
+from fewstep.core.checks import one_of
+from fewstep.core.multistep import MultistepSolver
 from fewstep.core.noise import Noise, mix
 from fewstep.core.problem import Posterior
 from fewstep.core.reference import Reference

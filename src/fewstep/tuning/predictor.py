@@ -39,9 +39,3 @@ def fit(features: Tensor, scores: Tensor, seed: int, width: int = 64, steps: int
 
 def _perceptron(size: int, width: int) -> nn.Module:
     return nn.Sequential(nn.Linear(size, width), nn.SiLU(), nn.Linear(width, 1), nn.Flatten(0))
-
-
-def kendall(predicted: Tensor, scores: Tensor) -> float:
-    """Return Kendall's tau, the share of pairs in the same order minus that in the other, (E,) twice."""
-    same = (predicted[:, None] - predicted).sign() * (scores[:, None] - scores).sign()
-    return float(same.sum() / (len(scores) * (len(scores) - 1)))

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.core.multistep import one_of
+from fewstep.core.checks import one_of
 from fewstep.core.noise import mix
 from fewstep.solvers._decisions import FORMS, RELAXATIONS, TERMS, Decision
 from fewstep.solvers._references import UNIFIED

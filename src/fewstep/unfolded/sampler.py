@@ -98,7 +98,7 @@ class Unfolded(UnfoldedSampler):
     steps: int = 3
     eta: float = 1.0
     kernel: str = "bridge"
-    grid: str = "quadratic"
+    grid: str | tuple[float, ...] = "quadratic"
     folder: Path | None = None
     facts: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 

@@ -26,18 +26,6 @@ class Determinant(NamedTuple):
     sign: Tensor
     log_abs: Tensor
 
-    @property
-    def folds(self) -> float:
-        """The share of the rarer sign: more than 0 proves that f is not injective (on a connected domain)."""
-        share = float((self.sign > 0).double().mean())
-        return min(share, 1 - share)
-
-
-def log_abs_det(function: Map, z: Tensor, chunk: int | None = None) -> tuple[Tensor, Tensor]:
-    """Return f(z), (N, d), and log|det Df(z)|, (N,) float64; see `determinant`."""
-    found = determinant(function, z, chunk)
-    return found.y, found.log_abs
-
 
 def determinant(function: Map, z: Tensor, chunk: int | None = None) -> Determinant:
     """Return f(z) with the sign and the logarithm of its Jacobian determinant, exact up to rounding.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, cast, final
 
@@ -32,18 +31,13 @@ class PathLoss(Objective):
     target: TargetDensity
     kernels: Kernels
 
-    @abstractmethod
     def log_weights(self, control: ControlNet, noise: Noise) -> Tensor:
-        """Return the log-weights of a batch of paths, (n,) float64, differentiable in the control."""
+        """Return the log-weights of a batch of paths, (n,) float64, differentiable in the control; the paths are constants here."""
+        return detached_paths(self.target, control, self.kernels, noise)[0]
 
     @abstractmethod
     def value(self, control: ControlNet, log_w: Tensor) -> Tensor:
         """Return the loss, (), of finite log-weights."""
-
-    @final
-    def players(self, model: nn.Module) -> dict[str, Iterable[nn.Parameter]]:
-        """See `Objective`."""
-        return {"model": list(model.parameters())}
 
     @final
     def loss(self, player: str, model: nn.Module, batch: Any, noise: Noise) -> tuple[Tensor, dict[str, float]]:

@@ -10,18 +10,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fewstep.core.noise import Noise
-from fewstep.densities.losses._path import PathLoss, detached_paths
+from fewstep.densities.losses._path import PathLoss
 from fewstep.densities.networks import ControlNet
 
 
 @dataclass(frozen=True)
 class LogVariance(PathLoss):
     """Var[log w], the unbiased sample variance of the batch; see `PathLoss`."""
-
-    def log_weights(self, control: ControlNet, noise: Noise) -> Tensor:
-        """See `PathLoss`."""
-        return detached_paths(self.target, control, self.kernels, noise)[0]
 
     def value(self, control: ControlNet, log_w: Tensor) -> Tensor:
         """See `PathLoss`."""

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fewstep.core.noise import Noise
-from fewstep.densities.losses._path import PathLoss, detached_paths
+from fewstep.densities.losses._path import PathLoss
 from fewstep.densities.networks import ControlNet
 
 
@@ -20,10 +19,6 @@ class TrajectoryBalance(PathLoss):
     """
 
     rate: float = 100.0
-
-    def log_weights(self, control: ControlNet, noise: Noise) -> Tensor:
-        """See `PathLoss`."""
-        return detached_paths(self.target, control, self.kernels, noise)[0]
 
     def value(self, control: ControlNet, log_w: Tensor) -> Tensor:
         """See `PathLoss`."""

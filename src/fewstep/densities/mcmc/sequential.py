@@ -42,7 +42,7 @@ class SequentialMonteCarlo(MonteCarlo):
     """Independent runs of particles; `Draws.log_z` and its interval are over the runs.
 
     The interval knows what some run has seen: where the moves do not reach a part of the target, as the neck of a funnel,
-    all runs fall short together. `annealed` shows that as a k-hat above its limit.
+    all runs fall short together. Without resampling a k-hat above its limit shows that.
 
     Args:
         kernel: the Markov step.
@@ -128,10 +128,3 @@ class SequentialMonteCarlo(MonteCarlo):
         rows = torch.where(poor, comb(log_w, u.reshape(runs, -1)[:, 0]), own)
         flat = (rows + size * torch.arange(runs)[:, None]).flatten()
         return state.rows(flat), torch.where(poor, mean, log_w)
-
-
-def annealed(
-    kernel: Kernel | None = None, keep: float = 0.99, moves: int = 1, pilot: int = 512
-) -> SequentialMonteCarlo:
-    """Return annealed importance sampling: many temperatures, no resampling, every weight unbiased on its own."""
-    return SequentialMonteCarlo(kernel or Hamiltonian(), pilot, moves, keep, resample_below=0.0)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.core.batch import like
+from fewstep.core.checks import one_of
 from fewstep.core.density import TargetDensity
 from fewstep.core.schedule import Schedule, VariancePreserving
 from fewstep.densities.networks import TimeEmbedding, check_preserving
@@ -56,28 +57,31 @@ class MapConfig:
     steep: bool = False
 
     def __post_init__(self) -> None:
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(f"unknown activation {self.activation!r}; choose one of {', '.join(ACTIVATIONS)}")
+        one_of("activation", self.activation, ACTIVATIONS)
 
 
 class FlowMap(nn.Module, ABC):
     """A guess of the probability flow of a target in whitened coordinates.
 
-    Attributes:
+    Args:
         schedule: a variance-preserving noise schedule.
         dim: number of coordinates, d.
         config: the size of its network.
+
+    Attributes:
         jumps: whether s > 0 is possible; a map without it takes several steps by noising its samples again.
         guided: whether a call also takes one gradient of the target.
         name: among `MAPS`.
     """
 
     name: str
-    schedule: VariancePreserving
-    dim: int
-    config: MapConfig
     jumps: bool
     guided: bool = False
+
+    def __init__(self, schedule: VariancePreserving, dim: int, config: MapConfig = MapConfig()) -> None:
+        super().__init__()
+        check_preserving(schedule)
+        self.schedule, self.dim, self.config = schedule, dim, config
 
     @abstractmethod
     def forward(self, y: Tensor, t: Tensor, s: Tensor) -> Tensor:
@@ -148,9 +152,7 @@ class ResidualMap(FlowMap):
     jumps, name = True, "residual"
 
     def __init__(self, schedule: VariancePreserving, target: TargetDensity, config: MapConfig = MapConfig()) -> None:
-        super().__init__()
-        self.schedule, self.dim, self.config = schedule, target.dim, config
-        check_preserving(schedule)
+        super().__init__(schedule, target.dim, config)
         self.net = Perceptron(schedule, (target.dim, target.dim), 2, config)
 
     def forward(self, y: Tensor, t: Tensor, s: Tensor) -> Tensor:
@@ -181,10 +183,8 @@ class ScaledMap(FlowMap):
     def __init__(
         self, schedule: VariancePreserving, target: TargetDensity, config: MapConfig = MapConfig(), gated: bool = False
     ) -> None:
-        super().__init__()
-        self.schedule, self.dim, self.config, self.gated = schedule, target.dim, config, gated
-        self.name = "gated" if gated else "scaled"
-        check_preserving(schedule)
+        super().__init__(schedule, target.dim, config)
+        self.gated, self.name = gated, "gated" if gated else "scaled"
         self.net = Perceptron(schedule, (target.dim, (2 + gated) * target.dim), 2, config)
 
     def forward(self, y: Tensor, t: Tensor, s: Tensor) -> Tensor:
@@ -219,9 +219,7 @@ class EDMMap(FlowMap):
     def __init__(
         self, schedule: VariancePreserving, target: TargetDensity, config: MapConfig = MapConfig(64, 2, "gelu", 0.0)
     ) -> None:
-        super().__init__()
-        self.schedule, self.dim, self.config = schedule, target.dim, config
-        check_preserving(schedule)
+        super().__init__(schedule, target.dim, config)
         self.net = Perceptron(schedule, (target.dim, target.dim), 1, config)
 
     def forward(self, y: Tensor, t: Tensor, s: Tensor) -> Tensor:
@@ -256,10 +254,8 @@ class GuidedMap(FlowMap):
         config: MapConfig = MapConfig(64, 2, "gelu", 0.0),
         euler: bool = False,
     ) -> None:
-        super().__init__()
-        self.schedule, self.dim, self.config, self.euler = schedule, target.dim, config, euler
-        self.name = "guided_euler" if euler else "guided"
-        check_preserving(schedule)
+        super().__init__(schedule, target.dim, config)
+        self.euler, self.name = euler, "guided_euler" if euler else "guided"
         self.target = target
         self.net = Perceptron(schedule, (2 * target.dim, target.dim), 2, config)
         self.gain = nn.Parameter(torch.ones(target.dim))

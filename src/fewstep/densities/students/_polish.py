@@ -63,10 +63,6 @@ class Polish(Objective):
     regression: Objective | None = None
     anchor: float = 5.0
 
-    def players(self, model: nn.Module) -> dict[str, Iterable[nn.Parameter]]:
-        """See `Objective`."""
-        return {"model": list(cast(Followed, model).map.parameters())}
-
     def loss(self, player: str, model: nn.Module, batch: Any, noise: Noise) -> tuple[Tensor, dict[str, float]]:
         """See `Objective`; `batch` is one of `InTurn`."""
         value, figures = self._on_weights(cast(Followed, model).map, self.counts[batch["turn"]], noise)

@@ -12,7 +12,7 @@ mended.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
@@ -64,10 +64,6 @@ class FlowRegression(Objective):
     slope: float = 0.3
     relative: float = 0.0
 
-    def players(self, model: nn.Module) -> dict[str, Iterable[nn.Parameter]]:
-        """See `Objective`."""
-        return {"model": list(cast(Followed, model).map.parameters())}
-
     def loss(self, player: str, model: nn.Module, batch: Any, noise: Noise) -> tuple[Tensor, dict[str, float]]:
         """See `Objective`; `batch` is that of `Trajectories`."""
         flow_map, t, s, near = cast(Followed, model).map, batch["t"], batch["s"], "beside_t" in batch
@@ -102,10 +98,6 @@ class SelfConsistency(Objective):
 
     huber: float = 0.0
     decay: float = 0.0
-
-    def players(self, model: nn.Module) -> dict[str, Iterable[nn.Parameter]]:
-        """See `Objective`."""
-        return {"model": list(cast(Followed, model).map.parameters())}
 
     def loss(self, player: str, model: nn.Module, batch: Any, noise: Noise) -> tuple[Tensor, dict[str, float]]:
         """See `Objective`; `batch` is that of `Trajectories` or `Incomplete`."""

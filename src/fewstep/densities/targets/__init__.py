@@ -6,18 +6,17 @@ Files whose name starts with an underscore hold what several targets share.
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import importlib
 import inspect
-import pkgutil
 from typing import Any
 
 from fewstep.core.density import TargetDensity
+from fewstep.core.names import suggestion
+from fewstep.core.registry import available, get
 
 
 def available_targets() -> list[str]:
     """Return the names of all targets."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
+    return available("targets")
 
 
 def target(name: str, **fields: Any) -> TargetDensity:
@@ -30,7 +29,7 @@ def target(name: str, **fields: Any) -> TargetDensity:
     known = [f.name for f in dataclasses.fields(kind) if f.init]  # type: ignore[arg-type]
     for field in fields:
         if field not in known:
-            raise ValueError(f"{name} has no field {field!r}; {_nearest(field, known)}")
+            raise ValueError(f"{name} has no field {field!r}; {suggestion(field, known)}")
     missing = [f.name for f in dataclasses.fields(kind) if _required(f) and f.name not in fields]  # type: ignore[arg-type]
     if missing:
         raise ValueError(f"{name} needs {', '.join(missing)}: {(inspect.getdoc(kind) or '').splitlines()[0]}")
@@ -43,24 +42,8 @@ def target_class(name: str) -> type[TargetDensity]:
     Raises:
         ValueError: there is none; the nearest names are suggested.
     """
-    module_name = name.replace("-", "_")
-    if module_name not in (names := available_targets()):
-        raise ValueError(f"unknown target {name!r}; {_nearest(module_name, names)}")
-    module = importlib.import_module(f"{__name__}.{module_name}")
-    found = [
-        value
-        for value in vars(module).values()
-        if inspect.isclass(value) and issubclass(value, TargetDensity) and value.__module__ == module.__name__
-    ]
-    if len(found) != 1:
-        raise TypeError(f"{module.__name__} must define exactly one target, it defines {len(found)}")
-    return found[0]
+    return get(name, "targets")
 
 
 def _required(field: dataclasses.Field[Any]) -> bool:
     return field.init and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-
-
-def _nearest(name: str, names: list[str]) -> str:
-    near = difflib.get_close_matches(name, names, 3, 0.4)
-    return f"did you mean {' or '.join(near)}?" if near else f"choose one of {', '.join(names)}"

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Self, final
 
 from torch import Tensor, nn
 
+from fewstep.core.checks import one_of
 from fewstep.core.noise import Noise, seeded
 from fewstep.core.objective import Objective
 from fewstep.core.presets import Presets
@@ -61,6 +62,12 @@ class Teacher(Presets, ABC):
     def objective(self, whitened: Whitened, loss: str) -> Objective:
         """Return the loss called `loss`; ValueError where the method has none of that name."""
 
+    @final
+    def check_loss(self, loss: str) -> None:
+        """Raise ValueError unless `loss` is the default; for a method that has no other."""
+        if loss != self.default_loss:
+            raise ValueError(f"{type(self).__name__} has one loss, {self.default_loss!r}, not {loss!r}")
+
     @abstractmethod
     def sampler(self, whitened: Whitened, model: nn.Module) -> DensitySampler:
         """Return the sampler with the weights of a trained `model`."""
@@ -110,10 +117,9 @@ class PathTeacher(Teacher):
     net: NetConfig = field(default_factory=NetConfig)
 
     def __post_init__(self) -> None:
-        if self.discretisation not in DISCRETISATIONS:
-            raise ValueError(f"discretisation must be one of {', '.join(DISCRETISATIONS)}, not {self.discretisation!r}")
-        if isinstance(self.grid, str) and self.grid not in GRIDS:
-            raise ValueError(f"grid must be one of {', '.join(GRIDS)}, not {self.grid!r}")
+        one_of("discretisation", self.discretisation, DISCRETISATIONS)
+        if isinstance(self.grid, str):
+            one_of("grid", self.grid, GRIDS)
         self.kernels(self.steps)
 
     @final

@@ -9,7 +9,6 @@ the gradient of a log-mean-exp over K draws: biased, and consistent as K grows.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -58,10 +57,6 @@ class EnergyMatching(Objective):
     kernels: Kernels
     draws: int = 128
     refresh: int = 50
-
-    def players(self, model: nn.Module) -> dict[str, Iterable[nn.Parameter]]:
-        """See `Objective`."""
-        return {"model": list(model.parameters())}
 
     def loss(self, player: str, model: nn.Module, batch: Any, noise: Noise) -> tuple[Tensor, dict[str, float]]:
         """See `Objective`."""
@@ -134,8 +129,7 @@ class IDEM(PathTeacher):
 
     def objective(self, whitened: Whitened, loss: str) -> Objective:
         """See `Teacher`; there is one loss, "energy_matching"."""
-        if loss != self.default_loss:
-            raise ValueError(f"iDEM has one loss, {self.default_loss!r}, not {loss!r}")
+        self.check_loss(loss)
         return EnergyMatching(whitened, self.kernels(self.steps), self.draws, self.refresh)
 
     def sampler(self, whitened: Whitened, model: nn.Module) -> DensitySampler:

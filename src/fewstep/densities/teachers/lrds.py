@@ -108,8 +108,8 @@ class LRDS(PathTeacher):
         return Referred(MixturePrior(*fitted, self.schedule), whitened, self.net)
 
 
-def local_samples(whitened: Whitened, modes: Tensor | None, seed: int, count: int = 4096, chains: int = 256) -> Tensor:
-    """Return samples of the target near where chains start, (count, d), whitened."""
+def local_samples(whitened: Whitened, modes: Tensor | None, seed: int) -> Tensor:
+    """Return samples of the target near where chains start, (4096, d), whitened."""
     base = None if modes is None else Around(modes)
-    x = Chains(mala(), chains, warmup=200, thin=5).sample(whitened, count, seed=seed, base=base, dtype=torch.float32).x
+    x = Chains(mala(), 256, warmup=200, thin=5).sample(whitened, 4096, seed=seed, base=base, dtype=torch.float32).x
     return whitened.to_y(x)

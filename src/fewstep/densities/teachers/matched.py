@@ -14,7 +14,7 @@ per time and coordinate before training.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, cast
 
@@ -79,10 +79,6 @@ class Matching(Objective):
     def times(self) -> Tensor:
         """Where steps begin, (K,)."""
         return torch.cat([path.times[:-1] for path in self.kernels])
-
-    def players(self, model: nn.Module) -> dict[str, Iterable[nn.Parameter]]:
-        """See `Objective`."""
-        return {"model": list(cast(Informed, model).control.parameters())}
 
     def loss(self, player: str, model: nn.Module, batch: Any, noise: Noise) -> tuple[Tensor, dict[str, float]]:
         """See `Objective`."""
@@ -220,8 +216,7 @@ class Matched(PathTeacher):
 
     def objective(self, whitened: Whitened, loss: str) -> Objective:
         """See `Teacher`; there is one loss, "matching"."""
-        if loss != self.default_loss:
-            raise ValueError(f"draws are matched by one loss, {self.default_loss!r}, not {loss!r}")
+        self.check_loss(loss)
         return self._matching
 
     def sampler(self, whitened: Whitened, model: nn.Module) -> DensitySampler:

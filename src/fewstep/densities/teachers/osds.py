@@ -7,24 +7,20 @@ determinant, which is biased at few steps; those of `MapSampler` are exact.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fewstep.core.batch import item_dot
-from fewstep.core.grid import uniform
-from fewstep.core.noise import Noise, seeded
+from fewstep.core.noise import Noise
 from fewstep.core.objective import Objective
 from fewstep.core.reference import Reference
-from fewstep.core.schedule import VariancePreserving
-from fewstep.densities.base import DensitySampler
-from fewstep.densities.paths import exponential, simulate
-from fewstep.densities.students._maps import FlowMap, GuidedMap, MapConfig
-from fewstep.densities.students._sampler import MapSampler
+from fewstep.densities.paths import simulate
+from fewstep.densities.students._maps import FlowMap
 from fewstep.densities.students._self import Learner, SelfDistillation, Shortest
-from fewstep.densities.teachers._base import Teacher
+from fewstep.densities.teachers._self_taught import SelfTaught
 from fewstep.densities.whitened import Whitened
 
 
@@ -74,20 +70,16 @@ def stretched(flow_map: FlowMap, y: Tensor, t: Tensor, s: Tensor, probe: Tensor)
 
 
 @dataclass(frozen=True)
-class OSDS(Teacher):
+class OSDS(SelfTaught):
     """One network for every step size, trained by relative entropy and by agreement with its own average; see `SCDS`.
 
+    The simulation of the shortest steps is differentiated through. See `SelfTaught`.
+
     Attributes:
-        schedule: the noising process.
-        steps: N, the shortest steps, a power of two; the simulation is differentiated through.
-        net: size of the network.
         decay: of the averaged copy.
         ramp: steps over which consistency gains its weight.
     """
 
-    schedule: VariancePreserving = field(default_factory=lambda: VariancePreserving(0.1, 10.0))
-    steps: int = 32
-    net: MapConfig = field(default_factory=lambda: MapConfig(64, 2, "gelu", 0.0))
     decay: float = 0.999
     ramp: int = 2500
 
@@ -100,23 +92,7 @@ class OSDS(Teacher):
     )
     default_loss = "kl"
 
-    def __post_init__(self) -> None:
-        if self.steps < 2 or self.steps & (self.steps - 1):
-            raise ValueError(f"steps must be a power of two, got {self.steps}")
-
-    def model(self, whitened: Whitened, seed: int) -> nn.Module:
-        """See `Teacher`."""
-        return seeded(lambda: Learner(GuidedMap(self.schedule, whitened, self.net)), seed)
-
     def objective(self, whitened: Whitened, loss: str) -> Objective:
         """See `Teacher`; there is one loss, "kl"."""
-        if loss != self.default_loss:
-            raise ValueError(f"OSDS has one loss, {self.default_loss!r}, not {loss!r}")
-        kernels = exponential(self.schedule, uniform(self.schedule, self.steps))
-        return EntropyAndVolume(whitened, kernels, self.decay, ramp=self.ramp)
-
-    def sampler(self, whitened: Whitened, model: nn.Module) -> DensitySampler:
-        """See `Teacher`."""
-        flow_map = GuidedMap(self.schedule, whitened, self.net)
-        flow_map.load_state_dict(cast(Learner, model).map.state_dict(), strict=True)
-        return MapSampler(whitened, flow_map.eval().requires_grad_(False), grid="uniform")
+        self.check_loss(loss)
+        return EntropyAndVolume(whitened, self.kernels, self.decay, ramp=self.ramp)
