@@ -21,7 +21,7 @@ from fewstep.core.noise import mix
 from fewstep.core.problem import Posterior
 from fewstep.core.sampler import Sampler
 from fewstep.core.samples import Samples
-from fewstep.data import CropShape, RandomCrops, center_crops
+from fewstep.data import CropShape, RandomCrops, centre_batch
 from fewstep.measurements import Family, SimulatedMeasurements, entry_text, holds
 from fewstep.operators.base import Operator
 from fewstep.uncertainty.calibration import Calibration, least_images
@@ -343,7 +343,7 @@ def simulated(
     """
     data = SimulatedMeasurements(RandomCrops(photos, (CropShape(1, plan.crop),), plan.seed), tuple(families))
     device = next((p.device for p in prior.parameters()), torch.device("cpu"))
-    for number, x in enumerate(center_crops(photos, plan.crop)):
+    for number, x in enumerate(centre_batch(photos, plan.crop)):
         operator, likelihood = data.measured(x[None].to(device), 0, number)
         problem = Posterior(prior, likelihood)
         samples = sampler(problem, max(plan.samples), seed=mix(plan.seed, number), chunk=plan.chunk)

@@ -19,10 +19,11 @@ from fewstep.core.noise import Noise
 from fewstep.core.problem import Posterior
 from fewstep.core.registry import get
 from fewstep.core.sampler import Sampler, State
+from fewstep.data import from_bytes
 from fewstep.metrics import frechet_distance, sliced_wasserstein
 from fewstep.metrics.classes import Classifier
 from fewstep.priors.exact import MixturePrior
-from fewstep.recipes.labelled import Labelled, to_units
+from fewstep.recipes.labelled import Labelled
 from fewstep.solvers.dpmpp import DPMSolverPP
 from fewstep.testing.problems import mixture_problem
 
@@ -155,10 +156,10 @@ def _frechet_to(path: Path, count: int) -> tuple[Callable[[Tensor], float], Tens
     training, test = Labelled.read(path).split(HOLDOUT)
     net = Classifier.load()
     with torch.no_grad():
-        wanted = net.features(to_units(test.images))
+        wanted = net.features(from_bytes(test.images))
 
     @torch.no_grad()
     def judge(x: Tensor) -> float:
         return frechet_distance(net.features(x.clamp(-1, 1)), wanted)
 
-    return judge, to_units(training.images[:count])
+    return judge, from_bytes(training.images[:count])

@@ -22,7 +22,6 @@ from fewstep.bench.log import Log, fingerprint
 from fewstep.bench.memory import PeakMemory
 from fewstep.bench.priors import resolve_prior
 from fewstep.bench.sets import COLUMNS, HALVES, PATCH, SetDistances
-from fewstep.bench.speed import centre_crop
 from fewstep.bench.tasks import Task, named_tasks, with_sigma
 from fewstep.calibrated import Asked, Verdict, judge
 from fewstep.core.denoiser import Denoiser
@@ -30,6 +29,7 @@ from fewstep.core.files import read_header
 from fewstep.core.noise import mix
 from fewstep.core.problem import Posterior
 from fewstep.core.samples import Samples
+from fewstep.data import centre_crop
 from fewstep.images import list_photos, load_image
 from fewstep.metrics import coverage, lpips, mobilenet, psnr, ssim
 from fewstep.metrics.quality import Missing, lpips_file, lpips_net

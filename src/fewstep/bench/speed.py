@@ -27,6 +27,7 @@ from fewstep.core.likelihood import Counts
 from fewstep.core.problem import Posterior
 from fewstep.core.registry import available, get
 from fewstep.core.sampler import Sampler
+from fewstep.data import centre_crop
 from fewstep.images import list_photos, load_image
 from fewstep.metrics import psnr
 from fewstep.operators.image import deepinv_physics, image_likelihood, to_unit
@@ -123,14 +124,6 @@ def truth_images(folder: str | Path | None, size: int, limit: int = 1) -> list[t
     u = torch.linspace(0, 6, size)
     x = torch.stack([0.5 + 0.4 * torch.sin(u[:, None] * k + u[None]) for k in (1.0, 1.5, 2.0)])[None]
     return [("synthetic", x)]
-
-
-def centre_crop(image: Tensor, size: int) -> Tensor:
-    """Return the middle `size` x `size` pixels, (1, 3, size, size); ValueError where the image is smaller."""
-    top, left = ((side - size) // 2 for side in image.shape[-2:])
-    if top < 0 or left < 0:
-        raise ValueError(f"an image of {tuple(image.shape[-2:])} pixels is too small for crops of {size}")
-    return image[..., top : top + size, left : left + size].contiguous()
 
 
 def make_scenes(truth: Tensor, picture: str = "synthetic") -> list[Scene]:

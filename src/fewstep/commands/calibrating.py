@@ -13,7 +13,7 @@ from rich.table import Table
 
 from fewstep.calibrated import FILE, Calibrations, Plan, calibrate, outer, with_measured
 from fewstep.core.files import read_header
-from fewstep.data import list_images, load_image
+from fewstep.data import list_images, load_pixels
 from fewstep.measurements import Family
 from fewstep.recipes import build, read_recipe
 from fewstep.restore import open_prior, pick_device
@@ -72,7 +72,7 @@ def run(  # noqa: PLR0913 - one parameter is one option
     home = sampler.folder if out is None else out
     blank = Calibrations(str(header["sha256"]), outer(sampler), plan.crop, tuple(with_measured(families)[0]), ())
     with_earlier(blank, home)  # what does not go with these is refused before the work
-    images = [load_image(path, plan.crop) for path in list_images(photos)[-(limit or 0) :]]
+    images = [load_pixels(path, plan.crop) for path in list_images(photos)[-(limit or 0) :]]
     with Progress(console=console, transient=True) as bar:
         rows: dict[str, TaskID] = {}
 

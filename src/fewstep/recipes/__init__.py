@@ -116,7 +116,7 @@ def prior_trainer(recipe: PriorRecipe, data: str | Path, out: str | Path, steps:
     """
     from fewstep.core.files import files_hash
     from fewstep.core.noise import seeded
-    from fewstep.data import RandomCrops, crop_shapes, largest, list_images, load_image, split
+    from fewstep.data import RandomCrops, crop_shapes, largest, list_images, load_pixels, split
     from fewstep.objectives.denoising import DenoisingScoreMatching
     from fewstep.priors.unet import UNetConfig, UNetDenoiser
     from fewstep.recipes.validation import DenoisingPSNR
@@ -135,10 +135,10 @@ def prior_trainer(recipe: PriorRecipe, data: str | Path, out: str | Path, steps:
     return Trainer(
         model=seeded(lambda: UNetDenoiser(config), options.seed),
         objective=objective,
-        data=RandomCrops([load_image(path, largest(shapes)) for path in training], shapes, options.seed),
+        data=RandomCrops([load_pixels(path, largest(shapes)) for path in training], shapes, options.seed),
         out=Path(out),
         options=options,
-        validate=validation.on([load_image(path, validation.size) for path in held_out]),
+        validate=validation.on([load_pixels(path, validation.size) for path in held_out]),
         export=partial(UNetDenoiser.save, folder=Path(out) / "prior"),
         describe={
             "network": asdict(config),

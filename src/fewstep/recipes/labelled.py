@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fewstep.core.checks import check_counts, check_shares
 from fewstep.core.files import files_hash
 from fewstep.core.noise import seeded
-from fewstep.data import to_units
+from fewstep.data import from_bytes
 from fewstep.metrics.classes import Classifier, ClassifierConfig
 from fewstep.objectives.classification import CrossEntropy
 from fewstep.objectives.denoising import DenoisingScoreMatching
@@ -95,7 +95,7 @@ class LabelledBatches:
             chosen.append(int(rng.integers(len(self.data.labels))))
             told.append(bool(rng.uniform() >= self.hidden))
         label = torch.where(torch.tensor(told), self.data.labels[chosen], -1)
-        return {"x0": to_units(self.data.images[chosen]), "cond": {"label": label}}
+        return {"x0": from_bytes(self.data.images[chosen]), "cond": {"label": label}}
 
 
 @dataclass(frozen=True)
@@ -203,5 +203,5 @@ def _numbers(recipe: LabelledPriorRecipe | ClassifierRecipe) -> dict[str, Any]:
 def _accuracy(model: nn.Module, test: Labelled) -> dict[str, float]:
     """Return the share of test images that are put into their class."""
     device = next(model.parameters()).device
-    answers = model(to_units(test.images).to(device)).argmax(1).cpu()
+    answers = model(from_bytes(test.images).to(device)).argmax(1).cpu()
     return {"accuracy": float((answers == test.labels).float().mean())}

@@ -15,7 +15,7 @@ from torch import nn
 from fewstep.core.denoiser import Denoiser
 from fewstep.core.files import files_hash
 from fewstep.core.noise import seeded
-from fewstep.data import RandomCrops, crop_shapes, largest, list_images, load_image, split
+from fewstep.data import RandomCrops, crop_shapes, largest, list_images, load_pixels, split
 from fewstep.measurements import Family, SimulatedMeasurements
 from fewstep.metrics import LPIPS_VARIABLE, Missing, lpips_net
 from fewstep.objectives.adversarial import Critic, CriticConfig
@@ -122,7 +122,7 @@ class UD2MRecipe:
         photographs = list_images(data)
         training, held_out = split(photographs, self.holdout)
         shapes, figures = crop_shapes(self.crops), build(SamplingFigures, self.validation, "validation")
-        crops = RandomCrops([load_image(path, largest(shapes)) for path in training], shapes, options.seed)
+        crops = RandomCrops([load_pixels(path, largest(shapes)) for path in training], shapes, options.seed)
         measurements = SimulatedMeasurements(crops, families, str(device))
         measurements.check()
         facts = {
@@ -139,7 +139,7 @@ class UD2MRecipe:
             data=measurements,
             out=Path(out),
             options=options,
-            validate=figures.on([load_image(path, figures.size) for path in held_out], families, prior, str(device)),
+            validate=figures.on([load_pixels(path, figures.size) for path in held_out], families, prior, str(device)),
             describe={**_numbers(self), "training": {"seed": options.seed}, **sources},
         )
         trainer.export = partial(_export, trainer, prior=prior, facts=facts)
