@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,9 @@ from fewstep.metrics.classes import Classifier, ClassifierConfig
 from fewstep.objectives.classification import CrossEntropy
 from fewstep.objectives.denoising import DenoisingScoreMatching
 from fewstep.priors.unet import UNetConfig, UNetDenoiser
-from fewstep.recipes import build
+from fewstep.recipes import build, training_options
 from fewstep.recipes.validation import DenoisingPSNR
-from fewstep.training import Trainer, TrainingOptions
+from fewstep.training import Trainer
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class LabelledPriorRecipe:
 
     def trainer(self, data: str | Path, out: str | Path, steps: int | None = None) -> Trainer:
         """Return the trainer on the .npz file `data`, writing to `out`; the prior goes to `out`/prior."""
-        options = _options(self.training, steps)
+        options = training_options(self.training, steps)
         config = build(UNetConfig, self.network, "network")
         training, test = _read(data, config).split(self.holdout)
         return Trainer(
@@ -164,7 +164,7 @@ class ClassifierRecipe:
 
     def trainer(self, data: str | Path, out: str | Path, steps: int | None = None) -> Trainer:
         """Return the trainer on the .npz file `data`, writing to `out`; the classifier goes to `out`/classifier."""
-        options = _options(self.training, steps)
+        options = training_options(self.training, steps)
         config = build(ClassifierConfig, self.network, "network")
         training, test = _read(data, config).split(self.holdout)
         return Trainer(
@@ -188,11 +188,6 @@ def _read(path: str | Path, config: UNetConfig | ClassifierConfig) -> Labelled:
     if not 0 <= int(found.labels.min()) <= int(found.labels.max()) < config.classes:
         raise ValueError(f"{path} has other labels than 0 to {config.classes - 1}, the classes of the network")
     return found
-
-
-def _options(values: Mapping[str, Any], steps: int | None) -> TrainingOptions:
-    options = build(TrainingOptions, values, "training")
-    return options if steps is None else replace(options, steps=steps)
 
 
 def _numbers(recipe: LabelledPriorRecipe | ClassifierRecipe) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,9 @@ from fewstep.objectives.ud2m import UD2M, Contest, Weights
 from fewstep.priors.loaders import load_prior
 from fewstep.priors.unet import UNetDenoiser
 from fewstep.processes import process
-from fewstep.recipes import build
+from fewstep.recipes import build, training_options
 from fewstep.recipes.sampling import SamplingFigures
-from fewstep.training import Trainer, TrainingOptions
+from fewstep.training import Trainer
 from fewstep.unfolded.decoders import AdaptedDecoder, ContextDecoder
 from fewstep.unfolded.levels import LevelConfig
 from fewstep.unfolded.lora import LoRAConfig
@@ -111,8 +111,7 @@ class UD2MRecipe:
 
         The sampler goes to `out`/sampler, and what LoRA adds to the prior to `out`/adapter.
         """
-        options = build(TrainingOptions, self.training, "training")
-        options = options if steps is None else replace(options, steps=steps)
+        options = training_options(self.training, steps)
         families = tuple(build(Family, entry, "families") for entry in self.families)
         device = process().device
         prior = load_prior(self.prior).to(device)
