@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fewstep.core.denoiser import Denoiser
-from fewstep.core.files import library_version, read_header, write_bytes
+from fewstep.core.files import library_version, read_header, write_json
 from fewstep.core.noise import mix
 from fewstep.core.problem import Posterior
 from fewstep.core.sampler import Sampler
@@ -158,7 +158,7 @@ class Calibrations:
         }
         path = Path(folder) / FILE
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(path, (json.dumps(values, indent=2) + "\n").encode())
+        write_json(path, values)
         return path
 
     @classmethod
