@@ -362,7 +362,7 @@ def test_samplers_are_calibrated_under_their_own_prior(tmp_path, sampler, monkey
         raise ValueError("there are no images")
 
     network, seen = open_network(str(sampler.folder)), []
-    monkeypatch.setattr(calibrating, "open_prior", lambda name: seen.append(name) or PixelPrior())
+    monkeypatch.setattr(calibrating, "load_prior", lambda name: seen.append(name) or PixelPrior())
     monkeypatch.setattr(calibrating, "list_images", none)
     for prior in ("digits", None):
         save_network(network, tmp_path / "own", {} if prior is None else {"prior": prior})

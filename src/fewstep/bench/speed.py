@@ -22,8 +22,8 @@ from torch import Tensor
 from fewstep.bench.common import FAILURES, Report, failed, within
 from fewstep.bench.deepinv_samplers import RIVALS, at_rival_settings, build_rival
 from fewstep.bench.priors import resolve_prior
+from fewstep.core.counts import Counts
 from fewstep.core.denoiser import Denoiser
-from fewstep.core.likelihood import Counts
 from fewstep.core.problem import Posterior
 from fewstep.core.registry import available, get
 from fewstep.core.sampler import Sampler

@@ -11,15 +11,16 @@ from rich.markup import escape
 from rich.progress import Progress, TaskID
 from rich.table import Table
 
-from fewstep.calibrated import FILE, Calibrations, Plan, calibrate, outer, with_measured
+from fewstep.calibrated import Calibrations, Plan, calibrate, outer, with_measured
 from fewstep.core.files import read_header
 from fewstep.data import list_images, load_pixels
+from fewstep.devices import pick_device
 from fewstep.measurements import Family
+from fewstep.priors.loaders import load_prior
 from fewstep.recipes import build, read_recipe
-from fewstep.restore import open_prior, pick_device
 from fewstep.task import Settings, build_sampler
 from fewstep.unfolded.sampler import UnfoldedSampler
-from fewstep.unfolded.store import available_networks, copy_network, find_network
+from fewstep.unfolded.store import CALIBRATION, available_networks, copy_network, find_network
 
 METHOD = "ud2m"
 
@@ -68,7 +69,7 @@ def run(  # noqa: PLR0913 - one parameter is one option
         raise ValueError(f"limit must be at least 1, got {limit}")
     place = pick_device(device)
     sampler.unfolded().to(place)
-    prior = open_prior(str(trained_with)).to(place)
+    prior = load_prior(str(trained_with)).to(place)
     home = sampler.folder if out is None else out
     blank = Calibrations(str(header["sha256"]), outer(sampler), plan.crop, tuple(with_measured(families)[0]), ())
     with_earlier(blank, home)  # what does not go with these is refused before the work
@@ -104,7 +105,7 @@ def with_earlier(found: Calibrations, folder: Path) -> Calibrations:
     try:
         return found.joined(earlier)
     except ValueError as reason:
-        raise ValueError(f"in {folder} {reason}: delete {FILE}, or give another --out") from None
+        raise ValueError(f"in {folder} {reason}: delete {CALIBRATION}, or give another --out") from None
 
 
 def families_of(recipe: str | Mapping[str, Any] | None) -> tuple[Family, ...]:

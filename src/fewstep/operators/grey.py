@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.core.likelihood import Counts, GaussianLikelihood, Likelihood
+from fewstep.core.counts import Counts
+from fewstep.core.likelihood import GaussianLikelihood, Likelihood
 from fewstep.core.noise import Noise
 from fewstep.core.spectral import Function, Spectrum
 
