@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from rich.progress import track
 from torch import Tensor
 
-from fewstep.bench.common import FAILURES, Report, Variant, describe, failed, variants
+from fewstep.bench.common import FAILURES, Report, Variant, costs, describe, failed, variants
 from fewstep.bench.log import Log, fingerprint
 from fewstep.bench.memory import PeakMemory
 from fewstep.bench.priors import resolve_prior
@@ -253,9 +253,7 @@ def measures(samples: Samples, truth: Tensor, setup: Setup) -> dict[str, Any]:
     if samples.num_samples > 1:
         lower, upper = (to_unit(x) for x in samples.interval(setup.level))
         row["coverage"] = coverage((lower, upper), truth)
-    counts = samples.counts
-    cost = {"nfe": counts.network, "vjps": counts.vjp, "operator calls": counts.operator, "seconds": samples.seconds}
-    return row | cost
+    return row | costs(samples)
 
 
 def calibrated(verdict: Verdict | None, samples: Samples, truth: Tensor) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,7 +18,7 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-from fewstep.bench.common import FAILURES, Report, failed, within
+from fewstep.bench.common import FAILURES, Report, alternate, failed, within
 from fewstep.bench.deepinv_samplers import RIVALS, at_rival_settings, build_rival
 from fewstep.bench.priors import resolve_prior
 from fewstep.core.counts import Counts
@@ -153,7 +152,7 @@ def loop_row(name: str, prior: Denoiser, scene: Scene, steps: int, repeats: int)
         if not counts.network:
             return row | {"remark": "makes no network calls"}
         ours, bare = alternate(
-            lambda: sampler(problem, callback=_ignore), lambda: bare_calls(prior, scene, counts), repeats
+            [lambda: sampler(problem, callback=_ignore), lambda: bare_calls(prior, scene, counts)], repeats
         )
     except FAILURES as error:
         return row | {"remark": failed(error)}
@@ -202,7 +201,7 @@ def rival_row(name: str, scene: Scene, prior: Denoiser, steps: int, repeats: int
         mine()
         theirs()
         calls = denoiser.calls
-        ours, other = alternate(mine, theirs, repeats)
+        ours, other = alternate([mine, theirs], repeats)
         for _ in range(repeats + 1):
             published()
     except FAILURES as error:
@@ -236,23 +235,6 @@ class Runs:
 def _drawn(sampler: Sampler, problem: Posterior, seed: int) -> Tensor:
     """Return one sample of ours, (1, 3, H, W) in [0, 1]."""
     return to_unit(sampler(problem, seed=seed).x[:, 0])
-
-
-def alternate(
-    first: Callable[[], Any], second: Callable[[], Any], repeats: int, clock: Callable[[], float] | None = None
-) -> tuple[list[float], list[float]]:
-    """Return the seconds of `repeats` runs of each, run in turn, the order swapping from pair to pair.
-
-    Seconds are those of `clock`; where absent, of the processor on a CPU, and of the clock where a GPU is in use.
-    """
-    clock = clock or (time.perf_counter if torch.cuda.is_initialized() else time.process_time)
-    times: tuple[list[float], list[float]] = ([], [])
-    for k in range(repeats):
-        for which in (0, 1) if k % 2 == 0 else (1, 0):
-            begin = clock()
-            (first, second)[which]()
-            times[which].append(clock() - begin)
-    return times
 
 
 def _seeded(rival: Callable[[Tensor, Any], Tensor], scene: Scene, seed: int) -> Tensor:
