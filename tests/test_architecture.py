@@ -13,12 +13,12 @@ TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 
 # a package or module may import from its own layer and from those above it in this list; imports inside functions count
 LAYERS = (
-    {"__version__", "compat"},  # constants and workarounds without imports of their own
+    {"__version__", "compat", "devices"},  # constants, workarounds, devices without imports of their own
     {"core"},
-    {"images", "data", "metrics", "store", "uncertainty"},  # files and numbers, on core alone
+    {"images", "data", "metrics", "records", "store", "uncertainty"},  # files and numbers, on core alone
     {"priors", "operators", "methods", "solvers", "unfolded"},
     {"objectives", "testing", "options", "measurements", "calibrated", "deepinv_model", "tuning"},
-    {"densities", "checkpoints", "processes", "training", "recipes", "report", "outputs", "task", "restore"},
+    {"densities", "checkpoints", "processes", "training", "recipes", "report", "outputs", "scores", "task", "restore"},
     {"bench", "commands"},
     {"cli", "app"},
 )

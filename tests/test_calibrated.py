@@ -226,17 +226,7 @@ def test_only_choices_and_ranges_that_are_cut_can_be_told_apart(sampler, apart, 
 
 def test_shipped_samplers_are_not_calibrated_in_place():
     with pytest.raises(ValueError, match="is shipped: give --out"):
-        calibrating.run(
-            "natural-general",
-            Path("nowhere"),
-            PLAN,
-            Console(),
-            fields={},
-            recipe=None,
-            limit=None,
-            device="cpu",
-            out=None,
-        )
+        calibrating.run(calibrating.Job("natural-general", Path("nowhere"), device="cpu"), PLAN, Console())
 
 
 def test_calibrations_join_those_of_the_same_sampler_only(found):
@@ -373,23 +363,14 @@ def test_samplers_are_calibrated_under_their_own_prior(tmp_path, sampler, monkey
         raise ValueError("there are no images")
 
     network, seen = open_network(str(sampler.folder)), []
-    monkeypatch.setattr(calibrating, "open_prior", lambda name: seen.append(name) or PixelPrior())
+    monkeypatch.setattr(calibrating, "load_prior", lambda name: seen.append(name) or PixelPrior())
     monkeypatch.setattr(calibrating, "list_images", none)
     for prior in ("digits", None):
         save_network(network, tmp_path / "own", {} if prior is None else {"prior": prior})
         message = "does not say which prior" if prior is None else "images"
         with pytest.raises(ValueError, match=message):
-            calibrating.run(
-                str(tmp_path / "own"),
-                tmp_path,
-                PLAN,
-                Console(),
-                fields={},
-                recipe="natural-general",
-                limit=None,
-                device="cpu",
-                out=None,
-            )
+            job = calibrating.Job(str(tmp_path / "own"), tmp_path, recipe="natural-general", device="cpu")
+            calibrating.run(job, PLAN, Console())
     assert seen == ["digits"]
 
 

@@ -26,7 +26,7 @@ FEW = ["--method", "latino", "--operator", "denoise", "--sigma", "0.1", "--sampl
 
 @pytest.fixture(autouse=True)
 def small_prior(monkeypatch):
-    monkeypatch.setattr(restoring, "open_prior", lambda name: PixelPrior())
+    monkeypatch.setattr(restoring, "load_prior", lambda name: PixelPrior())
     monkeypatch.setenv("COLUMNS", "250")
     monkeypatch.delenv("FEWSTEP_DEBUG", raising=False)
 
@@ -147,7 +147,7 @@ def test_interruption_has_its_own_exit_code(fewstep, tmp_path, monkeypatch):
                 os.kill(os.getpid(), signal.SIGTERM)
             return super().forward(x_t, t, **cond)
 
-    monkeypatch.setattr(restoring, "open_prior", lambda name: Impatient())
+    monkeypatch.setattr(restoring, "load_prior", lambda name: Impatient())
     monkeypatch.setattr(restoring._Run, "_chunk", lambda self: 1)
     code, out, _ = fewstep("restore", write_png(tmp_path), *FEW, "--out", tmp_path / "out")
     assert code == 130 and "interrupted after 1 samples" in out
@@ -303,7 +303,7 @@ def test_a_launcher_shares_the_folder_out(tmp_path):
     script.write_text(
         f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r})\n"
         "import fewstep.restore; from pictures import PixelPrior\n"
-        "fewstep.restore.open_prior = lambda name: PixelPrior()\n"
+        "fewstep.restore.load_prior = lambda name: PixelPrior()\n"
         "from fewstep.cli import main; main()\n"
     )
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]

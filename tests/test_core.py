@@ -8,10 +8,11 @@ import torch
 
 import fewstep
 from fewstep.core.batch import like
+from fewstep.core.counts import Counts
 from fewstep.core.denoiser import PARAMETRISATIONS, Rescheduled
 from fewstep.core.grid import GRIDS
 from fewstep.core.kernel import ddim_std, one_step_noise, renoise
-from fewstep.core.likelihood import Counts, FlatLikelihood
+from fewstep.core.likelihood import FlatLikelihood
 from fewstep.core.linalg import cg
 from fewstep.core.noise import Noise, Streams
 from fewstep.core.problem import Posterior

@@ -443,7 +443,7 @@ def test_steps_that_lead_nowhere_are_refused_before_the_photograph(changes, mess
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 def test_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "open_prior", lambda name: PixelPrior())
+    monkeypatch.setattr(module, "load_prior", lambda name: PixelPrior())
     folder = tmp_path / "in"
     folder.mkdir()
     for name in ("a.png", "b.png", "c.png"):

@@ -60,7 +60,7 @@ def test_a_schedule_brings_its_solver_and_its_times(tmp_path, schedule):
 
 
 def test_from_the_command_line(tmp_path, schedule, monkeypatch, capsys):
-    monkeypatch.setattr(restoring, "open_prior", lambda name: PixelPrior())
+    monkeypatch.setattr(restoring, "load_prior", lambda name: PixelPrior())
     monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
     words = [
         "restore",

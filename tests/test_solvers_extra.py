@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from fewstep.bench import rejection, srds
+from fewstep.core.counts import Counts
 from fewstep.core.denoiser import Denoiser
 from fewstep.core.driven import Driven
 from fewstep.core.grid import times_of
-from fewstep.core.likelihood import Counts, FlatLikelihood
+from fewstep.core.likelihood import FlatLikelihood
 from fewstep.core.multistep import prior_mean
 from fewstep.core.noise import Noise
 from fewstep.core.problem import Posterior

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fewstep.store as module
-from fewstep.core.likelihood import Counts
+from fewstep.core.counts import Counts
 from fewstep.core.samples import Samples
 from fewstep.outputs import std_map
 from fewstep.store import SampleStore

@@ -21,7 +21,7 @@ from fewstep.core.denoiser import Denoiser
 from fewstep.core.noise import Noise
 from fewstep.core.objective import Objective
 from fewstep.core.schedule import VarianceExploding, VariancePreserving
-from fewstep.data import CropShape, RandomCrops, center_crops, list_images, load_image
+from fewstep.data import CropShape, RandomCrops, centre_batch, list_images, load_pixels
 from fewstep.densities.batches import Unlimited, in_blocks
 from fewstep.objectives.denoising import DenoisingScoreMatching
 from fewstep.recipes.validation import DenoisingPSNR, denoising_psnr
@@ -124,8 +124,8 @@ def test_crops_come_in_all_places_and_orientations():
 def test_units_and_center():
     image = torch.zeros(3, 6, 6, dtype=torch.uint8)
     image[:, 2:4, 2:4] = 255
-    assert torch.equal(center_crops([image], 2), torch.ones(1, 3, 2, 2))
-    assert float(center_crops([image], 6).min()) == -1
+    assert torch.equal(centre_batch([image], 2), torch.ones(1, 3, 2, 2))
+    assert float(centre_batch([image], 6).min()) == -1
 
 
 def test_bad_images_are_named(tmp_path):
@@ -136,16 +136,16 @@ def test_bad_images_are_named(tmp_path):
     (tmp_path / "b.png").write_bytes(b"no image")
     Image.fromarray(np.zeros((4, 5), np.uint8)).save(tmp_path / "a.jpg")
     assert [p.name for p in list_images(tmp_path)] == ["a.jpg", "b.png"]
-    assert load_image(tmp_path / "a.jpg").shape == (3, 4, 5)
+    assert load_pixels(tmp_path / "a.jpg").shape == (3, 4, 5)
     Image.fromarray(np.full((4, 5), 40_000, np.uint16)).save(tmp_path / "deep.png")
-    assert int(load_image(tmp_path / "deep.png").median()) == round(40_000 / 65_535 * 255)
+    assert int(load_pixels(tmp_path / "deep.png").median()) == round(40_000 / 65_535 * 255)
     with pytest.raises(ValueError, match=r"b\.png is not an image that can be read"):
-        load_image(tmp_path / "b.png")
+        load_pixels(tmp_path / "b.png")
     with pytest.raises(ValueError, match="too small"):
         RandomCrops([coded(4, 5)], (CropShape(1, 5),))
-    assert load_image(tmp_path / "a.jpg", 4).shape == (3, 4, 5)
+    assert load_pixels(tmp_path / "a.jpg", 4).shape == (3, 4, 5)
     with pytest.raises(ValueError, match=r"a\.jpg has 5 x 4 pixels: too small for crops of 5"):
-        load_image(tmp_path / "a.jpg", 5)
+        load_pixels(tmp_path / "a.jpg", 5)
 
 
 # ---- the loop -------------------------------------------------------------------------------------------------------

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from fewstep import GaussianPrior, Posterior, Samples, get
-from fewstep.core.likelihood import Counts, GaussianLikelihood
+from fewstep.core.counts import Counts
+from fewstep.core.likelihood import GaussianLikelihood
 from fewstep.core.noise import Noise
 from fewstep.core.sampler import Sampler, State
 from fewstep.metrics import coverage

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from fewstep.core.checks import check_pairs
 from fewstep.core.denoiser import Denoiser
-from fewstep.core.files import library_version, read_header, write_bytes
+from fewstep.core.files import library_version, read_header, write_json
 from fewstep.core.noise import mix
 from fewstep.core.problem import Posterior
 from fewstep.core.sampler import Sampler
 from fewstep.core.samples import Samples
-from fewstep.data import CropShape, RandomCrops, center_crops
+from fewstep.data import CropShape, RandomCrops, centre_batch
 from fewstep.measurements import Family, SimulatedMeasurements, entry_text, holds
 from fewstep.operators.base import Operator
 from fewstep.uncertainty.calibration import Calibration, least_images
@@ -168,7 +168,7 @@ class Calibrations:
         }
         path = Path(folder) / FILE
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(path, (json.dumps(values, indent=2) + "\n").encode())
+        write_json(path, values)
         return path
 
     @classmethod
@@ -355,7 +355,7 @@ def simulated(
     """
     data = SimulatedMeasurements(RandomCrops(photos, (CropShape(1, plan.crop),), plan.seed), tuple(families))
     device = next((p.device for p in prior.parameters()), torch.device("cpu"))
-    for number, x in enumerate(center_crops(photos, plan.crop)):
+    for number, x in enumerate(centre_batch(photos, plan.crop)):
         operator, likelihood = data.measured(x[None].to(device), 0, number)
         problem = Posterior(prior, likelihood)
         samples = sampler(

@@ -12,13 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load as parse_tensors
-from safetensors.torch import save as dump_tensors
 from torch import Tensor, nn
 
 from fewstep import __version__
-from fewstep.core.files import write_bytes
+from fewstep.core.files import packed, read_tensors, write_bytes
 
 KEEP = 2  # checkpoints that stay
 LATER = {"data", "prior_sha256"}  # facts that checkpoints of the first version do not have
@@ -86,11 +83,11 @@ def read_checkpoint(
         raise ValueError(f"{folder / 'state.json'} is missing or damaged ({error})") from None
     _compare(folder, recorded, json.loads(json.dumps(describe)))
     try:
-        model.load_state_dict(_read(folder / "model.safetensors", own), strict=True)
-        ema.load_state_dict(_read(folder / "ema.safetensors", averaged), strict=True)
+        model.load_state_dict(read_tensors(folder / "model.safetensors", own), strict=True)
+        ema.load_state_dict(read_tensors(folder / "ema.safetensors", averaged), strict=True)
     except RuntimeError as error:
         raise ValueError(f"{folder} does not fit the network: {' '.join(str(error).split())[:300]}") from None
-    read = {name: _read(folder / f"optimizer.{name}.safetensors", known) for name, known in optimizers.items()}
+    read = {name: read_tensors(folder / f"optimizer.{name}.safetensors", known) for name, known in optimizers.items()}
     return step, {name: {"state": _nested(read[name]), "param_groups": groups[name]} for name in groups}
 
 
@@ -129,16 +126,7 @@ def _nested(tensors: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    data = dump_tensors({k: v.detach().cpu().contiguous() for k, v in tensors.items()})
+    """Write tensors, not atomically, as the whole folder is; return the hash of the file."""
+    data = packed(tensors)
     path.write_bytes(data)
     return hashlib.sha256(data).hexdigest()
-
-
-def _read(path: Path, expected: str) -> dict[str, Tensor]:
-    try:
-        data = path.read_bytes()
-        if hashlib.sha256(data).hexdigest() != expected:
-            raise ValueError(f"{path} does not match its recorded hash: the file is damaged")
-        return parse_tensors(data)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} cannot be read ({error})") from None

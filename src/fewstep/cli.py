@@ -12,16 +12,13 @@ from types import FrameType
 from typing import Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from typer.core import TyperGroup
 
 from fewstep.commands.benching import BenchCommand
+from fewstep.commands.consoles import console, errors
 from fewstep.commands.density import density
 from fewstep.commands.extras import OperatorCommand, operator_options
-
-errors = Console(stderr=True, soft_wrap=True)
-console = Console(soft_wrap=True)
 
 
 class _Commands(TyperGroup):
@@ -54,6 +51,11 @@ Antithetic = Annotated[
     bool, typer.Option("--antithetic", help="Samples in pairs with opposite noise: their mean is that of many more.")
 ]
 Seed = Annotated[int, typer.Option(help="Sample k depends on the measurement, the seed and k alone.")]
+Schedule = Annotated[Path | None, typer.Option(help="A file of `fewstep tune`: solver, settings and times.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; a GPU where there is one.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar.")]
+TrainSteps = Annotated[int | None, typer.Option(help="Steps, instead of those of the recipe.")]
+Resume = Annotated[bool, typer.Option(help="Go on from the last checkpoint in --out.")]
 
 
 @app.command(cls=OperatorCommand)
@@ -72,7 +74,7 @@ def restore(  # noqa: PLR0913, PLR0917 - one parameter is one option
     solver: Annotated[
         str | None, typer.Option(help="A solver that steps with the method's prediction; --steps is then its.")
     ] = None,
-    schedule: Annotated[Path | None, typer.Option(help="A file of `fewstep tune`: solver, settings and times.")] = None,
+    schedule: Schedule = None,
     samples: Annotated[int, typer.Option(help="How many samples.")] = 16,
     antithetic: Antithetic = False,
     seed: Seed = 0,
@@ -81,8 +83,8 @@ def restore(  # noqa: PLR0913, PLR0917 - one parameter is one option
     level: Annotated[float, typer.Option(help="Probability of the intervals.")] = 0.9,
     lpips_weights: Annotated[Path | None, typer.Option(help="LPIPS weights, a file or folder.")] = None,
     window: Annotated[int, typer.Option(help="Side of the windows of the network, pixels; bounds the memory.")] = 512,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; a GPU where there is one.")] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
+    device: Device = None,
+    quiet: Quiet = False,
 ) -> None:
     """Draw what a photograph may have been, and say how far each pixel can be trusted.
 
@@ -176,8 +178,8 @@ def train(
     recipe: Annotated[str, typer.Argument(help="A recipe: a .yaml file, or the name of a shipped one.")],
     data: Annotated[Path, typer.Argument(help="Folder of photographs, or the file of digits.")],
     out: Annotated[Path, typer.Option(help="Folder for checkpoints and what is trained.")],
-    steps: Annotated[int | None, typer.Option(help="Steps, instead of those of the recipe.")] = None,
-    resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in --out.")] = True,
+    steps: TrainSteps = None,
+    resume: Resume = True,
 ) -> None:
     """Train a prior or a sampler by a recipe; started again with the same --out, it goes on where it stopped.
 
@@ -197,8 +199,8 @@ def train_prior(
     data: Annotated[Path, typer.Argument(help="Folder of photographs.")],
     out: Annotated[Path, typer.Option(help="Folder for checkpoints and the prior.")],
     recipe: Annotated[str, typer.Option(help="A recipe: a .yaml file, or the name of a shipped one.")] = "natural",
-    steps: Annotated[int | None, typer.Option(help="Steps, instead of those of the recipe.")] = None,
-    resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in --out.")] = True,
+    steps: TrainSteps = None,
+    resume: Resume = True,
 ) -> None:
     """Train a prior: short for `fewstep train natural`."""
     from fewstep.processes import until_the_end
@@ -221,8 +223,6 @@ def _say_written(out: Path) -> None:
 
 Size = Annotated[int | None, typer.Option(help="Height and width, where the prior takes any; 64 if absent.")]
 Label = Annotated[int | None, typer.Option("--cond", help="Class, for a prior that knows classes.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; a GPU where there is one.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar.")]
 
 
 @app.command()
@@ -237,7 +237,7 @@ def sample(  # noqa: PLR0913, PLR0917 - one parameter is one option
     seed: Annotated[int, typer.Option(help="Sample k depends on the seed and k alone.")] = 0,
     label: Label = None,
     size: Size = None,
-    schedule: Annotated[Path | None, typer.Option(help="A file of `fewstep tune`: solver, settings and times.")] = None,
+    schedule: Schedule = None,
     chunk: Annotated[int, typer.Option(help="Samples that go through the network at once.")] = 64,
     out: Annotated[Path | None, typer.Option(help="Folder for samples.safetensors and sampling.json.")] = None,
     grid_image: Annotated[Path | None, typer.Option(help="PNG of all samples side by side.")] = None,
@@ -302,12 +302,12 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter is one option
         typer.Option(help="Most that one photograph counts: share of its pixels missed; 3 (1 - level) if absent."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of measurements and samples.")] = 0,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; a GPU where there is one.")] = None,
+    device: Device = None,
     out: Annotated[Path | None, typer.Option(help="Folder for a copy of the sampler with calibration.json.")] = None,
 ) -> None:
     """Calibrate the intervals of a trained sampler, per family of operators; `restore` uses what lies beside the weights."""
     from fewstep.calibrated import Plan
-    from fewstep.commands.calibrating import run
+    from fewstep.commands.calibrating import Job, run
     from fewstep.options import assignments, cuts
 
     plan = Plan(
@@ -320,8 +320,7 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter is one option
         apart=cuts(apart or []),
         antithetic=antithetic,
     )
-    fields = assignments(assign or [])
-    run(network, photos, plan, console, fields=fields, recipe=recipe, limit=limit, device=device, out=out)
+    run(Job(network, photos, assignments(assign or []), recipe, limit, device, out), plan, console)
 
 
 def _bench(name: str, text: str) -> None:

@@ -25,7 +25,7 @@ def list_images(folder: str | Path) -> list[Path]:
     return paths
 
 
-def load_image(path: Path, least: int = 1) -> Tensor:
+def load_pixels(path: Path, least: int = 1) -> Tensor:
     """Return one image as uint8, (3, H, W), as `images.read_photo` reads it.
 
     Raises:
@@ -37,7 +37,7 @@ def load_image(path: Path, least: int = 1) -> Tensor:
     return (x * 255).round().to(torch.uint8)
 
 
-def to_units(image: Tensor) -> Tensor:
+def from_bytes(image: Tensor) -> Tensor:
     """Return uint8 pixels as float32 in [-1, 1]."""
     return image.float() / 127.5 - 1
 
@@ -80,7 +80,7 @@ class RandomCrops:
     def batch(self, step: int, items: Iterable[int]) -> Tensor:
         """Return the given items of this step, (N, 3, size, size) in [-1, 1]."""
         size = self.cycle[step % len(self.cycle)].size
-        return to_units(torch.stack([self._crop(np.random.default_rng((self.seed, step, i)), size) for i in items]))
+        return from_bytes(torch.stack([self._crop(np.random.default_rng((self.seed, step, i)), size) for i in items]))
 
     def _crop(self, rng: np.random.Generator, size: int) -> Tensor:
         image = self.images[int(rng.integers(len(self.images)))]
@@ -112,12 +112,14 @@ def split(images: Sequence[T], holdout: Any) -> tuple[Sequence[T], Sequence[T]]:
     return images[:-holdout], images[-holdout:]
 
 
-def center_crops(images: Sequence[Tensor], size: int) -> Tensor:
-    """Return the middle `size` x `size` pixels of each image, (N, 3, size, size) in [-1, 1]."""
-    crops = []
-    for image in images:
-        top, left = ((side - size) // 2 for side in image.shape[-2:])
-        if top < 0 or left < 0:
-            raise ValueError(f"an image of {tuple(image.shape[-2:])} pixels is too small for crops of {size}")
-        crops.append(image[:, top : top + size, left : left + size])
-    return to_units(torch.stack(crops))
+def centre_crop(image: Tensor, size: int) -> Tensor:
+    """Return the middle pixels of `image`, (..., H, W), as (..., size, size); ValueError where it is smaller."""
+    top, left = ((side - size) // 2 for side in image.shape[-2:])
+    if top < 0 or left < 0:
+        raise ValueError(f"an image of {tuple(image.shape[-2:])} pixels is too small for crops of {size}")
+    return image[..., top : top + size, left : left + size].contiguous()
+
+
+def centre_batch(images: Sequence[Tensor], size: int) -> Tensor:
+    """Return the middle `size` x `size` pixels of uint8 images, (3, H, W) each, as (N, 3, size, size) in [-1, 1]."""
+    return from_bytes(torch.stack([centre_crop(image, size) for image in images]))

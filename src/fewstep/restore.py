@@ -18,24 +18,16 @@ from fewstep.core.files import write_bytes
 from fewstep.core.problem import Posterior
 from fewstep.core.sampler import Sampler, settings
 from fewstep.core.signals import stop_signals
+from fewstep.devices import device_name, pick_device
 from fewstep.images import list_photos, read_photo, save_image
 from fewstep.operators.grey import in_colour, luma
 from fewstep.operators.image import to_unit
-from fewstep.outputs import (
-    REPORT,
-    RESULT,
-    Truth,
-    check_free,
-    clear,
-    device_name,
-    std_map,
-    versions,
-    width_map,
-    write_json,
-    write_summary,
-)
+from fewstep.outputs import REPORT, RESULT, check_free, clear, std_map, width_map, write_summary
+from fewstep.priors.loaders import load_prior
 from fewstep.priors.windowed import Windowed
+from fewstep.records import versions, write_record
 from fewstep.report import Map, Picture, Report, render
+from fewstep.scores import Truth
 from fewstep.store import SampleStore, Summary
 from fewstep.task import (
     DEFAULT_PRIOR,
@@ -109,7 +101,7 @@ def restore(
     sampler = build_sampler(chosen)
     device = pick_device(chosen.device)
     task = prepare(photo, chosen, device)
-    denoiser = _windowed(prior or open_prior(chosen.prior), chosen.window).to(device)
+    denoiser = _windowed(prior or load_prior(chosen.prior), chosen.window).to(device)
     task = _in_channels(task, denoiser)
     problem = Posterior(denoiser, task.likelihood)
     sampler.check(problem, chosen.samples)
@@ -142,7 +134,7 @@ def restore_folder(
         build_sampler(chosen)
     if chosen.operator is not None:
         build_word(chosen.operator, chosen.operator_fields)
-    prior = open_prior(chosen.prior)
+    prior = load_prior(chosen.prior)
     results: list[Result] = []
     failures: dict[str, str] = {}
     photos = list_photos(path)
@@ -156,25 +148,6 @@ def restore_folder(
         if results[-1].interrupted:
             break
     return results, failures
-
-
-def open_prior(name: str) -> Denoiser:
-    """Return the prior called `name`, or that of a folder."""
-    from fewstep.priors.loaders import load_prior
-
-    return load_prior(name)
-
-
-def pick_device(name: str | None) -> torch.device:
-    """Return the device called `name`, a GPU where None and there is one; ValueError where it is not there."""
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        probe = torch.zeros((), device=name)
-        probe.item()  # a device without data, "meta", has none
-        return probe.device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
 
 
 class _Run:
@@ -215,7 +188,7 @@ class _Run:
             if (self.folder / RESULT).is_file():
                 return Result(self.folder, record, None)  # what an earlier run wrote stays
             self._begin()
-        write_json(self.folder / RESULT, record)
+        write_record(self.folder / RESULT, record)
         self._write_report(record, summary)
         return Result(self.folder, record, summary)
 
@@ -261,7 +234,7 @@ class _Run:
         """Make room for the results of this run, now that there are some, and write what they came from."""
         task = self.task
         clear(self.folder)
-        write_json(self.folder / RESULT, {"input": str(task.photo.path), "num_samples": 0, "interrupted": True})
+        write_record(self.folder / RESULT, {"input": str(task.photo.path), "num_samples": 0, "interrupted": True})
         self._save(task.shown, "measurement.png")
         if task.truth is not None:
             self._save(task.truth, "truth.png")

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.core.likelihood import Counts
+from fewstep.core.counts import Counts
 from fewstep.core.samples import Samples
 from fewstep.uncertainty.calibration import Calibration
 

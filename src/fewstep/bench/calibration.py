@@ -23,7 +23,7 @@ from fewstep.bench.tasks import Task, named_tasks
 from fewstep.bench.trials import kept
 from fewstep.calibrated import Asked, Plan, judge, simulated
 from fewstep.core.denoiser import Denoiser
-from fewstep.data import list_images, load_image
+from fewstep.data import list_images, load_pixels
 from fewstep.measurements import Family
 from fewstep.metrics import coverage
 from fewstep.uncertainty import Calibration
@@ -135,8 +135,8 @@ def main(  # noqa: PLR0913 - one parameter is one option
     plan = Plan(samples=(samples,), crop=crop, worst=worst, seed=seed, chunk=chunk, antithetic=antithetic)
     if fitted < 0:
         raise ValueError(f"the number of photographs of calibration must not be negative, got fitted = {fitted}")
-    before = [load_image(path, crop) for path in list_images(calibration)[-fitted:]] if fitted else []
-    after = [load_image(path, crop) for path in list_images(folder)[:limit]]
+    before = [load_pixels(path, crop) for path in list_images(calibration)[-fitted:]] if fitted else []
+    after = [load_pixels(path, crop) for path in list_images(folder)[:limit]]
     if before:
         plan.check(len(before))
     setup = Setup(resolve_prior(prior), before, after, plan)

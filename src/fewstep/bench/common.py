@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from datetime import UTC, datetime
@@ -23,6 +24,7 @@ from rich.text import Text
 from fewstep.core.files import library_version, write_bytes
 from fewstep.core.registry import available, get
 from fewstep.core.sampler import Sampler
+from fewstep.core.samples import Samples
 from fewstep.options import assignments, typed_fields
 
 FORMAT = "fewstep.bench"
@@ -140,6 +142,29 @@ def within(make: Callable[..., Sampler], budget: int) -> Sampler | None:
 def describe(variant: Variant) -> dict[str, Any]:
     """Return the columns that name a row: method, preset, steps."""
     return {"method": variant.method, "preset": variant.preset, "steps": variant.sampler.steps}
+
+
+def costs(samples: Samples) -> dict[str, Any]:
+    """Return the columns that say what samples have cost."""
+    counts = samples.counts
+    return {"nfe": counts.network, "vjps": counts.vjp, "operator calls": counts.operator, "seconds": samples.seconds}
+
+
+def alternate(
+    runs: Sequence[Callable[[], Any]], repeats: int, clock: Callable[[], float] | None = None
+) -> list[list[float]]:
+    """Return the seconds of `repeats` repeats of each run; they take turns, their order swapping from turn to turn.
+
+    Seconds are those of `clock`; where absent, of the processor on a CPU, and of the clock where a GPU is in use.
+    """
+    clock = clock or (time.perf_counter if torch.cuda.is_initialized() else time.process_time)
+    times: list[list[float]] = [[] for _ in runs]
+    for k in range(repeats):
+        for run, kept in list(zip(runs, times, strict=True))[:: 1 if k % 2 == 0 else -1]:
+            begin = clock()
+            run()
+            kept.append(clock() - begin)
+    return times
 
 
 def failed(error: BaseException) -> str:

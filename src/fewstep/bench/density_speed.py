@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 
+from fewstep.bench.common import alternate
 from fewstep.bench.density_runs import BATCH, METHODS, Setup, Workshop
 from fewstep.core.noise import Streams
 from fewstep.densities.distill import distill
@@ -48,27 +49,27 @@ def fastest(repeats: int, *runs: Callable[[], object]) -> list[float]:
     """Return the least processor time of each run, seconds, after one that is not timed; they take turns."""
     for run in runs:
         run()
-    return [min(times) for times in zip(*([_seconds(run) for run in runs] for _ in range(repeats)), strict=True)]
+    return [min(times) for times in alternate(runs, repeats, time.process_time)]
 
 
-def path_overhead(whitened: Whitened, setup: Setup, steps: int = 12) -> float:
+def path_overhead(whitened: Whitened, setup: Setup) -> float:
     """Return processor time of an iteration of `fit` on DIS over that of its bare calls."""
     teacher = DIS(**setup.paths)
 
     def run(count: int) -> None:
         train(whitened, teacher, None, replace(setup.options(teacher), train_steps=count))
 
-    return overhead(run, path_calls(whitened, setup), steps)
+    return overhead(run, path_calls(whitened, setup), steps=12)
 
 
-def map_overhead(teacher: PathSampler, student: MapSampler, steps: int = 100) -> float:
+def map_overhead(teacher: PathSampler, student: MapSampler) -> float:
     """Return processor time of an iteration of `distill`, its trajectories left aside, over that of its bare calls."""
     method = CDDS(map=student.flow_map.name, rows=1024, size=student.flow_map.config, polish=0, balance=0)
 
     def run(count: int) -> None:
         distill(teacher, method, train_steps=count, batch=BATCH)
 
-    return overhead(run, map_calls(student), steps)
+    return overhead(run, map_calls(student), steps=100)
 
 
 def overhead(run: Callable[[int], None], calls: Callable[[], object], steps: int) -> float:
@@ -113,9 +114,3 @@ def map_calls(student: MapSampler) -> Callable[[], None]:
         flow_map(y, later, earlier).square().sum().backward()
 
     return run
-
-
-def _seconds(run: Callable[[], object]) -> float:
-    begin = time.process_time()
-    run()
-    return time.process_time() - begin

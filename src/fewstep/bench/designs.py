@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fewstep.bench.trials import Measurements, Setup, streams
 from fewstep.core.batch import like
 from fewstep.core.denoiser import Denoiser
+from fewstep.core.noise import seeded
 from fewstep.core.objective import Objective
 from fewstep.core.schedule import Schedule
 from fewstep.densities.batches import in_blocks
@@ -90,9 +91,8 @@ class Design:
 
     def network(self, setup: Setup, learned: Denoiser | None = None) -> UnfoldedNetwork:
         """Return the network before training."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return UnfoldedNetwork(self.settings.unfolded().config, self.decoder(setup, learned))
+        config = self.settings.unfolded().config
+        return seeded(lambda: UnfoldedNetwork(config, self.decoder(setup, learned)), 0)
 
     def sampler(self, network: UnfoldedNetwork, steps: int) -> Unfolded:
         """Return the sampler of a network with this design's outer kernel."""
@@ -114,13 +114,16 @@ class Design:
             share=SHARE,
             matching=DistributionMatching(LEVELS),
         )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(1)
-            critic = VectorCritic(setup.dim, setup.width) if self.weights.adversarial else None
-            fake = fake_score(learned, LoRAConfig()) if self.weights.matching and learned is not None else None
+        critic, fake = seeded(lambda: self._opponents(setup, learned), 1)
         contest = Contest(self.network(setup, learned), critic, fake)
         trained: Any = optimise(contest, objective, Measurements(setup), setup.steps)
         return trained.network
+
+    def _opponents(self, setup: Setup, learned: Denoiser | None) -> tuple[VectorCritic | None, Denoiser | None]:
+        """Return the critic and the fake score, where the loss has them."""
+        critic = VectorCritic(setup.dim, setup.width) if self.weights.adversarial else None
+        fake = fake_score(learned, LoRAConfig()) if self.weights.matching and learned is not None else None
+        return critic, fake
 
 
 class VectorDenoiser(Denoiser):
@@ -189,9 +192,7 @@ class Draws:
 
 def learn_prior(setup: Setup) -> Denoiser:
     """Return a network trained to be the prior's denoiser, frozen."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(2)
-        network = VectorDenoiser(setup.dim, setup.width, setup.prior.schedule)
+    network = seeded(lambda: VectorDenoiser(setup.dim, setup.width, setup.prior.schedule), 2)
     trained: Any = optimise(network, LEVELS, Draws(setup), setup.steps)
     return trained.eval().requires_grad_(False)
 

@@ -16,7 +16,7 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-from fewstep.bench.common import FAILURES, Report, Variant, describe, failed, variants
+from fewstep.bench.common import FAILURES, Report, Variant, costs, describe, failed, variants
 from fewstep.core.problem import Posterior
 from fewstep.core.sampler import Sampler
 from fewstep.testing.law import GaussianLaw, affine_error, distance
@@ -91,7 +91,7 @@ def measure(variant: Variant, exact: ExactProblem, num_samples: int, timed: int,
     row = describe(variant)
     try:
         found = estimate(variant.sampler, exact.problem, num_samples, seed)
-        row |= distances(found, exact) | cost(variant.sampler, exact.problem, timed, seed)
+        row |= distances(found, exact) | costs(variant.sampler(exact.problem, timed, seed=seed))
     except FAILURES as error:
         row["remark"] = failed(error)
     return row
@@ -129,18 +129,6 @@ def distances(found: Estimate, exact: ExactProblem) -> dict[str, Any]:
         "measured": ratio(observed),
         "null space": ratio(null),
         "ratio ±": (2 / k) ** 0.5 if k else None,
-    }
-
-
-def cost(sampler: Sampler, problem: Posterior, timed: int, seed: int) -> dict[str, Any]:
-    """Return the columns that say what samples cost, from a run of `timed` samples."""
-    samples = sampler(problem, timed, seed=seed)
-    counts = samples.counts
-    return {
-        "nfe": counts.network,
-        "vjps": counts.vjp,
-        "operator calls": counts.operator,
-        "seconds": samples.seconds,
     }
 
 

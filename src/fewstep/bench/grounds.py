@@ -19,15 +19,17 @@ from fewstep.core.noise import Noise
 from fewstep.core.problem import Posterior
 from fewstep.core.registry import get
 from fewstep.core.sampler import Sampler, State
+from fewstep.data import from_bytes
 from fewstep.metrics import frechet_distance, sliced_wasserstein
 from fewstep.metrics.classes import Classifier
 from fewstep.priors.exact import MixturePrior
-from fewstep.recipes.labelled import Labelled, to_units
+from fewstep.recipes.labelled import Labelled
 from fewstep.solvers.dpmpp import DPMSolverPP
 from fewstep.testing.problems import mixture_problem
 
 FLOW_STEPS = 150  # of Runge-Kutta's fourth order on a mixture
 FINE = 100  # steps of third order on a network
+SIZE = 64  # side of the images of a prior that takes any
 CHUNK = 64  # items that go through a network at once
 HOLDOUT = 1000  # images of the file of digits that are the test set
 ELSEWHERE = 10**6  # a seed beside that of the samples
@@ -89,9 +91,7 @@ def mixture_ground(dim: int, count: int, seed: int) -> Ground:
     return replace(ground, floors=({"samples": "exact flow"} | _floor_row(ground, truth),))
 
 
-def network_ground(
-    prior: str | Denoiser, count: int, seed: int, data: str | Path | None = None, size: int = 64
-) -> Ground:
+def network_ground(prior: str | Denoiser, count: int, seed: int, data: str | Path | None = None) -> Ground:
     """Return a network, its truth made by `FINE` steps, and the floors of all figures.
 
     Args:
@@ -99,10 +99,9 @@ def network_ground(
         count: K.
         seed: of the samples.
         data: the file of digits, whose test set is what the Frechet distance is to.
-        size: side of the images of a prior that takes any.
     """
     denoiser = resolve_prior(prior).requires_grad_(False)
-    shape = tuple(size if n is None else n for n in denoiser.event_shape)
+    shape = tuple(SIZE if n is None else n for n in denoiser.event_shape)
     problem = Posterior(denoiser, FlatLikelihood(shape))
 
     def fine(at: int, steps: int = FINE) -> Tensor:
@@ -155,10 +154,10 @@ def _frechet_to(path: Path, count: int) -> tuple[Callable[[Tensor], float], Tens
     training, test = Labelled.read(path).split(HOLDOUT)
     net = Classifier.load()
     with torch.no_grad():
-        wanted = net.features(to_units(test.images))
+        wanted = net.features(from_bytes(test.images))
 
     @torch.no_grad()
     def judge(x: Tensor) -> float:
         return frechet_distance(net.features(x.clamp(-1, 1)), wanted)
 
-    return judge, to_units(training.images[:count])
+    return judge, from_bytes(training.images[:count])

@@ -17,12 +17,11 @@ from typing import Any, NamedTuple
 from rich.progress import track
 from torch import Tensor
 
-from fewstep.bench.common import FAILURES, Report, Variant, describe, failed, variants
+from fewstep.bench.common import FAILURES, Report, Variant, costs, describe, failed, variants
 from fewstep.bench.log import Log, fingerprint
 from fewstep.bench.memory import PeakMemory
 from fewstep.bench.priors import resolve_prior
 from fewstep.bench.sets import COLUMNS, HALVES, PATCH, SetDistances
-from fewstep.bench.speed import centre_crop
 from fewstep.bench.tasks import Task, named_tasks, with_sigma
 from fewstep.calibrated import Asked, Verdict, judge
 from fewstep.core.checks import check_pairs
@@ -31,6 +30,7 @@ from fewstep.core.files import read_header
 from fewstep.core.noise import mix
 from fewstep.core.problem import Posterior
 from fewstep.core.samples import Samples
+from fewstep.data import centre_crop
 from fewstep.images import list_photos, load_image
 from fewstep.metrics import coverage, lpips, mobilenet, psnr, ssim
 from fewstep.metrics.quality import Missing, lpips_file, lpips_net
@@ -273,9 +273,7 @@ def measures(samples: Samples, truth: Tensor, setup: Setup) -> dict[str, Any]:
     if samples.num_samples > 1:
         lower, upper = (to_unit(x) for x in samples.interval(setup.level))
         row["coverage"] = coverage((lower, upper), truth)
-    counts = samples.counts
-    cost = {"nfe": counts.network, "vjps": counts.vjp, "operator calls": counts.operator, "seconds": samples.seconds}
-    return row | cost
+    return row | costs(samples)
 
 
 def calibrated(verdict: Verdict | None, samples: Samples, truth: Tensor) -> dict[str, Any]:

@@ -11,9 +11,8 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-from fewstep.bench.common import FAILURES, Report, Variant, describe, failed, variants
+from fewstep.bench.common import FAILURES, Report, Variant, costs, describe, failed, variants
 from fewstep.bench.gaussian import oracles
-from fewstep.core.samples import Samples
 from fewstep.metrics import sliced_wasserstein
 from fewstep.priors.exact import ExactPosterior
 from fewstep.testing.problems import ExactProblem, bimodal_problem, mixture_problem
@@ -84,7 +83,7 @@ def measure(variant: Variant, exact: ExactProblem, num_samples: int, seed: int, 
         return row | {"remark": failed(error)}
     x = samples.x.flatten(1)
     weights = bimodal_columns(x) if x.shape[1] == 1 else weight_columns(x, exact.posterior)
-    return row | weights | moment_columns(x, exact.posterior) | _transport(x, exact.posterior, floor) | _cost(samples)
+    return row | weights | moment_columns(x, exact.posterior) | _transport(x, exact.posterior, floor) | costs(samples)
 
 
 def bimodal_columns(x: Tensor) -> dict[str, float]:
@@ -137,8 +136,3 @@ def transport_floor(posterior: ExactPosterior, num_samples: int) -> float:
 def _transport(x: Tensor, posterior: ExactPosterior, floor: float) -> dict[str, float]:
     exact = posterior.sample(len(x), seed=999).flatten(1)
     return {"SW/floor": sliced_wasserstein(x, exact) / floor}
-
-
-def _cost(samples: Samples) -> dict[str, Any]:
-    counts = samples.counts
-    return {"nfe": counts.network, "vjps": counts.vjp, "operator calls": counts.operator, "seconds": samples.seconds}

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import torch
-
 from fewstep.core.denoiser import Denoiser
+from fewstep.core.noise import seeded
 from fewstep.priors.unet import UNetConfig, UNetDenoiser
 
 RANDOM = "random"
@@ -21,8 +20,6 @@ def resolve_prior(prior: str | Denoiser) -> Denoiser:
     return load_prior(prior).eval()
 
 
-def random_prior(config: UNetConfig | None = None, seed: int = 0) -> UNetDenoiser:
+def random_prior(config: UNetConfig | None = None) -> UNetDenoiser:
     """Return the network of the shipped prior with random weights: right for times, meaningless for quality."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return UNetDenoiser(config).eval().requires_grad_(False)
+    return seeded(lambda: UNetDenoiser(config), 0).eval().requires_grad_(False)

@@ -12,9 +12,8 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-from fewstep.bench.common import Report
+from fewstep.bench.common import Report, alternate
 from fewstep.bench.priors import resolve_prior
-from fewstep.bench.speed import alternate
 from fewstep.compat import prepare_torchvision
 from fewstep.core.denoiser import Denoiser
 from fewstep.core.likelihood import FlatLikelihood
@@ -28,6 +27,7 @@ from fewstep.testing.problems import mixture_problem
 
 SCHEDULE = Tabulated.linear()  # diffusers' default: 1000 levels
 TICKS = 1000
+ITEMS = 8  # on which results are compared
 NOTES = (
     "difference: largest, over 8 samples of a mixture in 8 dimensions from the same noise in single precision, over the largest "
     "coordinate of diffusers' samples, on its own times. Its coefficients at second and third order are given the noise ratios in "
@@ -166,10 +166,10 @@ def toy() -> Any:
 
 
 @torch.no_grad()
-def difference(pair: Pair, steps: int, items: int = 8) -> float:
+def difference(pair: Pair, steps: int) -> float:
     """Return the largest difference of both results on the mixture, relative to the largest coordinate."""
     prior, scheduler = toy(), pair.build(steps)
-    draws = torch.randn(steps + 1, items, *prior.event_shape, generator=torch.Generator().manual_seed(2))
+    draws = torch.randn(steps + 1, ITEMS, *prior.event_shape, generator=torch.Generator().manual_seed(2))
     x = draws[0]
     for k, (t, step) in enumerate(zip(times(scheduler), scheduler.timesteps, strict=True)):
         fresh = {"variance_noise": draws[k + 1]} if "sde" in str(pair.options.get("algorithm_type")) else {}
@@ -178,7 +178,7 @@ def difference(pair: Pair, steps: int, items: int = 8) -> float:
 
 
 @torch.no_grad()
-def ipndm_difference(steps: int, items: int = 8) -> float:
+def ipndm_difference(steps: int) -> float:
     """Return the same for iPNDM, whose scheduler in diffusers takes another prediction and levels without alpha."""
     prepare_torchvision()
     import diffusers
@@ -187,7 +187,7 @@ def ipndm_difference(steps: int, items: int = 8) -> float:
     grid = torch.linspace(0.5, 0.01, steps + 1, dtype=torch.float64)  # theirs: 1 - sigma^2 in float32
     scheduler: Any = diffusers.IPNDMScheduler(trained_betas=SCHEDULE(grid)[1].float().numpy())
     scheduler.set_timesteps(steps)
-    draws = torch.randn(steps + 1, items, *prior.event_shape, generator=torch.Generator().manual_seed(2))
+    draws = torch.randn(steps + 1, ITEMS, *prior.event_shape, generator=torch.Generator().manual_seed(2))
     x = draws[0]
     for t, step in zip(grid, scheduler.timesteps, strict=False):
         x = scheduler.step(prior.predict("v", x, t), step, x).prev_sample
@@ -230,7 +230,7 @@ def cost(pair: Pair, problem: Posterior, steps: int, items: int, repeats: int) -
         solver(problem, items)
 
     ours()  # the table of coefficients is made once
-    found = {"diffusers": alternate(ours, theirs, repeats), "bare": alternate(ours, bare, repeats)}
+    found = {"diffusers": alternate([ours, theirs], repeats), "bare": alternate([ours, bare], repeats)}
     out: dict[str, float] = {"seconds": statistics.median(found["bare"][0])}
     for name, (mine, other) in found.items():
         out[f"{name} seconds"] = statistics.median(other)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,14 +18,15 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-from fewstep.bench.common import FAILURES, Report, failed, within
+from fewstep.bench.common import FAILURES, Report, alternate, failed, within
 from fewstep.bench.deepinv_samplers import RIVALS, at_rival_settings, build_rival
 from fewstep.bench.priors import resolve_prior
+from fewstep.core.counts import Counts
 from fewstep.core.denoiser import Denoiser
-from fewstep.core.likelihood import Counts
 from fewstep.core.problem import Posterior
 from fewstep.core.registry import available, get
 from fewstep.core.sampler import Sampler
+from fewstep.data import centre_crop
 from fewstep.images import list_photos, load_image
 from fewstep.metrics import psnr
 from fewstep.operators.image import deepinv_physics, image_likelihood, to_unit
@@ -125,14 +125,6 @@ def truth_images(folder: str | Path | None, size: int, limit: int = 1) -> list[t
     return [("synthetic", x)]
 
 
-def centre_crop(image: Tensor, size: int) -> Tensor:
-    """Return the middle `size` x `size` pixels, (1, 3, size, size); ValueError where the image is smaller."""
-    top, left = ((side - size) // 2 for side in image.shape[-2:])
-    if top < 0 or left < 0:
-        raise ValueError(f"an image of {tuple(image.shape[-2:])} pixels is too small for crops of {size}")
-    return image[..., top : top + size, left : left + size].contiguous()
-
-
 def make_scenes(truth: Tensor, picture: str = "synthetic") -> list[Scene]:
     """Return random inpainting of 70 % and Gaussian deblurring of one image, seeded."""
     library, shape = deepinv_physics(), tuple(truth.shape[1:])
@@ -160,7 +152,7 @@ def loop_row(name: str, prior: Denoiser, scene: Scene, steps: int, repeats: int)
         if not counts.network:
             return row | {"remark": "makes no network calls"}
         ours, bare = alternate(
-            lambda: sampler(problem, callback=_ignore), lambda: bare_calls(prior, scene, counts), repeats
+            [lambda: sampler(problem, callback=_ignore), lambda: bare_calls(prior, scene, counts)], repeats
         )
     except FAILURES as error:
         return row | {"remark": failed(error)}
@@ -209,7 +201,7 @@ def rival_row(name: str, scene: Scene, prior: Denoiser, steps: int, repeats: int
         mine()
         theirs()
         calls = denoiser.calls
-        ours, other = alternate(mine, theirs, repeats)
+        ours, other = alternate([mine, theirs], repeats)
         for _ in range(repeats + 1):
             published()
     except FAILURES as error:
@@ -243,23 +235,6 @@ class Runs:
 def _drawn(sampler: Sampler, problem: Posterior, seed: int) -> Tensor:
     """Return one sample of ours, (1, 3, H, W) in [0, 1]."""
     return to_unit(sampler(problem, seed=seed).x[:, 0])
-
-
-def alternate(
-    first: Callable[[], Any], second: Callable[[], Any], repeats: int, clock: Callable[[], float] | None = None
-) -> tuple[list[float], list[float]]:
-    """Return the seconds of `repeats` runs of each, run in turn, the order swapping from pair to pair.
-
-    Seconds are those of `clock`; where absent, of the processor on a CPU, and of the clock where a GPU is in use.
-    """
-    clock = clock or (time.perf_counter if torch.cuda.is_initialized() else time.process_time)
-    times: tuple[list[float], list[float]] = ([], [])
-    for k in range(repeats):
-        for which in (0, 1) if k % 2 == 0 else (1, 0):
-            begin = clock()
-            (first, second)[which]()
-            times[which].append(clock() - begin)
-    return times
 
 
 def _seeded(rival: Callable[[Tensor, Any], Tensor], scene: Scene, seed: int) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-from fewstep.bench.common import Report
+from fewstep.bench.common import Report, alternate
 from fewstep.bench.priors import resolve_prior
 from fewstep.core.denoiser import Denoiser
 from fewstep.core.likelihood import FlatLikelihood
@@ -134,13 +134,7 @@ class Iterations:
 
 def timed(runs: Sequence[Callable[[], object]], repeats: int) -> list[float]:
     """Return the median seconds of each of some runs, which alternate."""
-    seconds: list[list[float]] = [[] for _ in runs]
-    for _ in range(repeats):
-        for run, kept in zip(runs, seconds, strict=True):
-            begin = time.perf_counter()
-            run()
-            kept.append(time.perf_counter() - begin)
-    return [statistics.median(kept) for kept in seconds]
+    return [statistics.median(kept) for kept in alternate(runs, repeats, time.perf_counter)]
 
 
 def call_cost(problem: Posterior, most: int, repeats: int) -> Callable[[float], float]:

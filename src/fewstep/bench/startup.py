@@ -9,8 +9,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from fewstep.bench.common import Report
-from fewstep.bench.speed import alternate
+from fewstep.bench.common import Report, alternate
 
 COMMANDS = {
     "import fewstep": ("import torch, fewstep; fewstep.Posterior, fewstep.load_prior, fewstep.get", "import torch"),
@@ -31,7 +30,7 @@ def main(out: str | Path | None = None, *, repeats: int = 5) -> Report:
     """
     rows = []
     for name, (code, bare) in COMMANDS.items():
-        ours, theirs = alternate(partial(_run, code), partial(_run, bare), repeats, _children)
+        ours, theirs = alternate([partial(_run, code), partial(_run, bare)], repeats, _children)
         over = statistics.median(a - b for a, b in zip(ours, theirs, strict=True))
         rows.append({"command": name, "seconds": statistics.median(ours), "over": over})
     return Report("startup", {"repeats": repeats}, {"Start": rows}, NOTES).finish(out)

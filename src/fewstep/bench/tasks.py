@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from fewstep.operators.base import Operator, Shape, option
+from fewstep.operators.base import Operator, Shape, Smaller, option
 from fewstep.operators.image import deepinv_physics
 from fewstep.operators.words import (
     Deblur,
@@ -39,7 +39,7 @@ class Task(NamedTuple):
 
 
 @dataclass(frozen=True)
-class RandomSensing(Operator):
+class RandomSensing(Smaller):
     """Compressed sensing: pixels with random signs, an orthonormal sine transform, a square of its coefficients.
 
     The signs spread every image evenly over all coefficients, so which of them are kept does not matter.
@@ -63,15 +63,6 @@ class RandomSensing(Operator):
         return library.StructuredRandom(
             tuple(image_shape), small, transform_func=transform, transform_func_inv=transform, rng=signs
         )
-
-    def fit(self, image_shape: Shape) -> Shape:
-        """See `Operator`; sides become multiples of the factor."""
-        channels, h, w = image_shape
-        return channels, h - h % self.factor, w - w % self.factor
-
-    def image_shape(self, y: Any) -> Shape:
-        """See `Operator`."""
-        return int(y.shape[1]), int(y.shape[2]) * self.factor, int(y.shape[3]) * self.factor
 
     def baseline(self, y: Any, image_shape: Shape | None = None) -> Tensor:
         """Return A' y, which is A^+ y: the rows of A are orthonormal."""

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
+
+from fewstep.commands.consoles import console, errors
 
 if TYPE_CHECKING:
     from fewstep.commands.density_target import Named
@@ -16,8 +17,6 @@ density = typer.Typer(
     help="Samplers of an unnormalised density: train, distil to one step, draw with weights, diagnose.",
     no_args_is_help=True,
 )
-errors = Console(stderr=True, soft_wrap=True)
-console = Console(soft_wrap=True)
 
 # fields of the density are options that only it knows: they are read when it has been found
 OPEN = {"allow_extra_args": True, "ignore_unknown_options": True}

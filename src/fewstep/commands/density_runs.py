@@ -31,7 +31,8 @@ from fewstep.densities.storage import check_suffix, read_target
 from fewstep.densities.students._sampler import MapSampler
 from fewstep.densities.targets import available_targets, target_class
 from fewstep.densities.user import UserDensity
-from fewstep.outputs import REPORT, RESULT, versions, write_json
+from fewstep.outputs import REPORT, RESULT
+from fewstep.records import versions, write_record
 
 
 def sample(
@@ -77,7 +78,7 @@ def diagnosis(  # noqa: PLR0913 - what is drawn, or a file of draws
     source = str(file or folder or named.folder)
     out.mkdir(parents=True, exist_ok=True)
     record = {"target": named.record, "source": source, **found.record()}
-    write_json(out / RESULT, {**record, "command": command_line(), "versions": versions()})
+    write_record(out / RESULT, {**record, "command": command_line(), "versions": versions()})
     title = f"Draws of {named.name}"
     write_bytes(out / REPORT, render(found, title, command_line()).encode())
     show(console, rows_of(found))

@@ -29,7 +29,7 @@ from fewstep.densities.report import summary_rows
 from fewstep.densities.teachers._base import Teacher
 from fewstep.densities.whitened import Whitened
 from fewstep.options import typed_fields
-from fewstep.outputs import versions, write_json
+from fewstep.records import versions, write_record
 
 CHECK = 1024  # draws that say how good a trained sampler is
 Built = TypeVar("Built")
@@ -108,7 +108,7 @@ class Job:
         options = {f.name: getattr(self.options, f.name) for f in fields(FitOptions) if f.name != "out"}
         record = {"target": self.named.record, **facts, "options": options, **more}
         record |= {"command": command_line(), "versions": versions()}
-        write_json(self.out / RUN, record)
+        write_record(self.out / RUN, record)
         return record
 
 

@@ -13,8 +13,9 @@ from rich.markup import escape
 
 from fewstep.compat import prepare_torchvision
 from fewstep.metrics import Missing, lpips_net
-from fewstep.outputs import versions
-from fewstep.restore import DEFAULT_PRIOR, open_prior
+from fewstep.priors.loaders import load_prior
+from fewstep.records import versions
+from fewstep.task import DEFAULT_PRIOR
 
 _LEAST_DISK = 1 << 30  # bytes
 
@@ -54,7 +55,7 @@ def _diffusers() -> str | None:
 
 def _prior() -> str | None:
     try:
-        open_prior(DEFAULT_PRIOR)
+        load_prior(DEFAULT_PRIOR)
     except (ValueError, OSError, ImportError) as error:
         return f"the prior {DEFAULT_PRIOR!r} cannot be loaded: {error}"
     return None

@@ -22,11 +22,11 @@ from fewstep.core.likelihood import FlatLikelihood
 from fewstep.core.multistep import Solver
 from fewstep.core.names import suggestion
 from fewstep.core.problem import Posterior
+from fewstep.devices import pick_device
 from fewstep.images import save_image
 from fewstep.options import typed_fields
-from fewstep.outputs import versions, write_json
 from fewstep.priors.loaders import load_prior
-from fewstep.restore import pick_device
+from fewstep.records import versions, write_record
 from fewstep.tuning.align import AlignYourSteps
 from fewstep.tuning.base import Report, Task, Tuner, Tuning
 from fewstep.tuning.ggdm import GGDM
@@ -141,7 +141,7 @@ def sample(
         out.mkdir(parents=True, exist_ok=True)
         drawn.save(out)
         record = {**vars(source), "method": drawn.method, "samples": drawing.count, "seed": drawing.seed}
-        write_json(
+        write_record(
             out / "sampling.json", {**record, "nfe": drawn.nfe, "seconds": drawn.seconds, "versions": versions()}
         )
     if grid_image is not None:

@@ -10,7 +10,8 @@ import torch
 
 from fewstep.core.files import write_bytes
 from fewstep.images import read_photo, save_image
-from fewstep.outputs import SIMULATED, SIMULATION, check_free, write_json
+from fewstep.outputs import SIMULATED, SIMULATION, check_free
+from fewstep.records import write_record
 from fewstep.task import Settings, prepare
 
 
@@ -31,4 +32,4 @@ def run(path: Path, out: Path, operator: str, fields: Mapping[str, Any], sigma: 
     write_bytes(out / name, data)
     word, notes = task.word.describe(), list(task.photo.notes)
     record = {"input": str(path), "operator": word, "sigma": task.sigma, "seed": seed, "notes": notes}
-    write_json(out / SIMULATED, record)
+    write_record(out / SIMULATED, record)

@@ -50,6 +50,22 @@ def write_bytes(path: Path, data: bytes) -> None:
         raise
 
 
+def write_json(path: Path, values: Any) -> None:
+    """Write `values` as JSON, atomically."""
+    write_bytes(path, (json.dumps(values, indent=2) + "\n").encode())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file; ValueError where the file cannot be read or holds something else."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a JSON object")
+    return values
+
+
 def write_weights(
     folder: str | Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any], dtype: torch.dtype | None = None
 ) -> None:
@@ -68,7 +84,7 @@ def write_weights(
         "sha256": hashlib.sha256(data).hexdigest(),
     }
     write_bytes(folder / WEIGHTS, data)
-    write_bytes(folder / HEADER, (json.dumps(described, indent=2) + "\n").encode())
+    write_json(folder / HEADER, described)
 
 
 def packed(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> bytes:
@@ -90,15 +106,23 @@ def files_hash(paths: Iterable[Path]) -> str:
 def read_header(folder: str | Path) -> dict[str, Any]:
     """Return the JSON header of `folder`; ValueError where it is missing or no JSON object."""
     path = Path(folder) / HEADER
+    if not path.exists():
+        raise ValueError(f"{path} is missing: this is no folder of weights")
+    return read_json(path)
+
+
+def read_tensors(path: Path, sha256: Any) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file; ValueError where it cannot be read or its hash is not `sha256`."""
     try:
-        header = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing: this is no folder of weights") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as JSON ({error})") from None
-    if not isinstance(header, dict):
-        raise ValueError(f"{path} must hold a JSON object")
-    return header
+        data = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror})") from None
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise ValueError(f"{path} does not match its recorded hash: the file is damaged or was replaced")
+    try:
+        return parse_tensors(data)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no valid safetensors file ({error})") from None
 
 
 def read_weights(folder: str | Path, method: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -111,16 +135,7 @@ def read_weights(folder: str | Path, method: str) -> tuple[dict[str, Tensor], di
     header = read_header(folder)
     if header.get("method") != method:
         raise ValueError(f"{folder} holds weights of {header.get('method')!r}, not of {method!r}")
-    try:
-        data = (folder / WEIGHTS).read_bytes()
-    except OSError as error:
-        raise ValueError(f"{folder / WEIGHTS} cannot be read ({error.strerror})") from None
-    if hashlib.sha256(data).hexdigest() != header.get("sha256"):
-        raise ValueError(f"{folder / WEIGHTS} does not match the hash in {HEADER}: the file is damaged or was replaced")
-    try:
-        tensors = parse_tensors(data)
-    except SafetensorError as error:
-        raise ValueError(f"{folder / WEIGHTS} is no valid safetensors file ({error})") from None
+    tensors = read_tensors(folder / WEIGHTS, header.get("sha256"))
     counts = {"tensors": len(tensors), "parameters": sum(v.numel() for v in tensors.values())}
     for name, found in counts.items():
         if header.get(name) != found:

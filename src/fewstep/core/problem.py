@@ -13,8 +13,9 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from fewstep.core.batch import like, tile
 from fewstep.core.checks import check_gradients
+from fewstep.core.counts import Counts
 from fewstep.core.denoiser import Denoiser
-from fewstep.core.likelihood import Counts, GaussianLikelihood, Likelihood
+from fewstep.core.likelihood import GaussianLikelihood, Likelihood
 from fewstep.core.schedule import Schedule
 
 Pullback = Callable[[Tensor], Tensor]

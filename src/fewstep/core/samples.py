@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from fewstep.core.counts import Counts
 from fewstep.core.files import write_bytes
-from fewstep.core.likelihood import Counts
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fewstep.core.likelihood import Counts, Likelihood
+from fewstep.core.counts import Counts
+from fewstep.core.likelihood import Likelihood
 from fewstep.core.noise import Noise
 
 UNKNOWN_NOISE = 0.05  # what `noise_level` says of a likelihood without a Gaussian noise level, in units of x

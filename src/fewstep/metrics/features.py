@@ -16,7 +16,7 @@ from pickle import UnpicklingError
 import torch
 from torch import Tensor, nn
 
-from fewstep.metrics.quality import Missing, read_weights
+from fewstep.metrics.quality import Missing, read_safetensors
 
 _INCEPTION = "weights-inception-2015-12-05-6726825d.pth"  # as torch-fidelity's download is called
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, in [0, 1]
@@ -72,7 +72,7 @@ def mobilenet(weights: str | Path) -> FeatureNet:
         Missing: torchvision is not installed.
         ValueError: the file is missing, damaged or of another network.
     """
-    state = read_weights(Path(weights))
+    state = read_safetensors(Path(weights))
     try:
         from fewstep.compat import prepare_torchvision
 

@@ -184,7 +184,7 @@ def _build(net: str, file: Path | None) -> nn.Module:
 
 def _load(network: nn.Module, file: Path) -> None:
     """Load `features.N.*` and `linI.weight` into the names of the lpips package; every tensor must find its place."""
-    given = {name: value.float() for name, value in read_weights(file).items()}
+    given = {name: value.float() for name, value in read_safetensors(file).items()}
     state = network.state_dict()
     wanted = {name: _foreign(name) for name in state}
     expected = {name for name in wanted.values() if name}
@@ -197,7 +197,7 @@ def _load(network: nn.Module, file: Path) -> None:
         raise ValueError(f"{file} does not fit this LPIPS network: {' '.join(str(error).split())[:200]}") from None
 
 
-def read_weights(file: Path) -> dict[str, Tensor]:
+def read_safetensors(file: Path) -> dict[str, Tensor]:
     """Return the tensors of a safetensors file; ValueError where there is none that can be read."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file

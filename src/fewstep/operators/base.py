@@ -130,6 +130,21 @@ class Operator(ABC):
         return sigma
 
 
+class Smaller(Operator):
+    """An operator whose measurement has the sides of the image over `factor`."""
+
+    factor: int
+
+    def fit(self, image_shape: Shape) -> Shape:
+        """See `Operator`; sides become multiples of the factor."""
+        channels, h, w = image_shape
+        return channels, h - h % self.factor, w - w % self.factor
+
+    def image_shape(self, y: Any) -> Shape:
+        """See `Operator`."""
+        return int(y.shape[1]), int(y.shape[2]) * self.factor, int(y.shape[3]) * self.factor
+
+
 def register(kind: type[Operator]) -> type[Operator]:
     """Add a class to the words."""
     WORDS[kind.word] = kind

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from fewstep.core.batch import like
-from fewstep.core.likelihood import Counts, GaussianLikelihood, Likelihood
+from fewstep.core.counts import Counts
+from fewstep.core.likelihood import GaussianLikelihood, Likelihood
 from fewstep.core.noise import Noise
 from fewstep.core.spectral import Adjoint, Function, Spectrum
 

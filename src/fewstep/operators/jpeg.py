@@ -17,7 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 from fewstep.core.batch import item_dot
-from fewstep.core.likelihood import Counts, GaussianLikelihood, Likelihood
+from fewstep.core.counts import Counts
+from fewstep.core.likelihood import GaussianLikelihood, Likelihood
 from fewstep.core.linalg import cg
 from fewstep.core.noise import Noise
 from fewstep.core.spectral import Spectrum

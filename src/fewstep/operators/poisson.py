@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from fewstep.core.batch import item_dot, item_norm, like, tile
-from fewstep.core.likelihood import Counts, GaussianLikelihood, Likelihood
+from fewstep.core.counts import Counts
+from fewstep.core.likelihood import GaussianLikelihood, Likelihood
 from fewstep.core.linalg import cg
 from fewstep.core.noise import Noise
 from fewstep.core.physics import check_measurement, fitting_adjoint, repeat_physics

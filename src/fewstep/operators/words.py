@@ -20,7 +20,7 @@ from fewstep.core.likelihood import GaussianLikelihood, Likelihood
 from fewstep.core.names import suggestion
 from fewstep.images import DAMAGE, TOO_LARGE
 from fewstep.operators import kernels
-from fewstep.operators.base import AUTO, WORDS, Operator, Shape, option, register, shape_of
+from fewstep.operators.base import AUTO, WORDS, Operator, Shape, Smaller, option, register, shape_of
 from fewstep.operators.estimate import estimate_sigma
 from fewstep.operators.image import check_kernel, deepinv_physics, image_likelihood
 from fewstep.operators.jpeg import JpegLikelihood, JpegMeasurement, encode, encoded, gaussian_jpeg, settings_of
@@ -181,7 +181,7 @@ class Deblur(_Blur):
 
 @register
 @dataclass(frozen=True)
-class SuperResolution(Operator):
+class SuperResolution(Smaller):
     """Anti-aliased (bicubic) down-sampling."""
 
     word: ClassVar[str] = "sr"
@@ -201,15 +201,6 @@ class SuperResolution(Operator):
         kernel = library.functional.bicubic_filter(self.factor).to(dtype)
         check_kernel(kernel, (h, w))
         return library.Downsampling(img_size=tuple(image_shape), filter=kernel, factor=self.factor, padding="circular")
-
-    def fit(self, image_shape: Shape) -> Shape:
-        """See `Operator`; sides become multiples of the factor."""
-        channels, h, w = image_shape
-        return channels, h - h % self.factor, w - w % self.factor
-
-    def image_shape(self, y: Any) -> Shape:
-        """See `Operator`."""
-        return int(y.shape[1]), int(y.shape[2]) * self.factor, int(y.shape[3]) * self.factor
 
     def baseline(self, y: Any, image_shape: Shape | None = None) -> Tensor:
         """Return bicubic interpolation of y, moved to where deepinv's decimation keeps its samples."""

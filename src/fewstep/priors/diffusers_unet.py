@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fewstep.compat import prepare_torchvision
+from fewstep.core.files import read_json
 from fewstep.core.schedule import Tabulated
 from fewstep.priors.discrete import DiscreteDenoiser
 
@@ -85,17 +85,6 @@ def load_diffusers(folder: str | Path, scheduler: Mapping[str, Any] | None = Non
         kind, names = next(iter(wrong.items()))
         raise ValueError(f"the weights in {home} do not fit its config: {len(names)} {kind}, first {next(iter(names))}")
     return DiffusersDenoiser(unet.float(), found)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return a JSON object; ValueError where the file is missing or something else."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as JSON ({error})") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold a JSON object")
-    return values
 
 
 def _scheduler(root: Path) -> dict[str, Any]:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields, replace
-from functools import partial
+from collections.abc import Mapping
+from dataclasses import MISSING, fields, replace
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,34 +17,17 @@ if TYPE_CHECKING:
     from torch import nn
 
     from fewstep.priors.unet import UNetDenoiser
-    from fewstep.training import Trainer
+    from fewstep.training import TrainingOptions
 
 FOLDER = Path(__file__).parent
 
 
-@dataclass(frozen=True)
-class PriorRecipe:
-    """The recipe of an image prior.
-
-    Attributes:
-        holdout: images kept for validation, the last ones in sorted order.
-        network: fields of `UNetConfig`.
-        objective: fields of `DenoisingScoreMatching`.
-        crops: batch shapes, in turn: [[count, size], ...].
-        training: fields of `TrainingOptions`.
-        validation: fields of `DenoisingPSNR`.
-    """
-
-    holdout: int
-    network: Mapping[str, Any]
-    objective: Mapping[str, Any]
-    crops: Sequence[Sequence[int]]
-    training: Mapping[str, Any]
-    validation: Mapping[str, Any]
-
-    def trainer(self, data: str | Path, out: str | Path, steps: int | None = None) -> Trainer:
-        """See `prior_trainer`."""
-        return prior_trainer(self, data, out, steps)
+KINDS = {  # kind of a recipe: file of this folder and dataclass there, imported when a recipe is read
+    "prior": "prior:PriorRecipe",
+    "ud2m": "ud2m:UD2MRecipe",
+    "labelled": "labelled:LabelledPriorRecipe",
+    "classifier": "labelled:ClassifierRecipe",
+}
 
 
 def read_recipe(path: str | Path) -> Any:
@@ -69,7 +52,8 @@ def read_recipe(path: str | Path) -> Any:
     kind = str(given.pop("kind", "prior"))
     if kind not in KINDS:
         raise ValueError(f"{file}: unknown kind {kind!r}; choose one of {', '.join(KINDS)}")
-    return build(KINDS[kind](), given, str(file))
+    module, _, name = KINDS[kind].partition(":")
+    return build(getattr(import_module(f"{__name__}.{module}"), name), given, str(file))
 
 
 def _loader() -> type:
@@ -109,76 +93,12 @@ def build(cls: type, values: Any, where: str) -> Any:
         raise ValueError(f"{where}: {error}") from None
 
 
-def prior_trainer(recipe: PriorRecipe, data: str | Path, out: str | Path, steps: int | None = None) -> Trainer:
-    """Return the trainer that `recipe` describes, on the images in `data`, writing to `out`.
+def training_options(values: Any, steps: int | None) -> TrainingOptions:
+    """Return the options in a recipe, with `steps` in place of theirs unless it is None; ValueError as `build` says."""
+    from fewstep.training import TrainingOptions
 
-    Every process starts from the same weights, drawn from the recipe's seed.
-    """
-    from fewstep.core.files import files_hash
-    from fewstep.core.noise import seeded
-    from fewstep.data import RandomCrops, crop_shapes, largest, list_images, load_image, split
-    from fewstep.objectives.denoising import DenoisingScoreMatching
-    from fewstep.priors.unet import UNetConfig, UNetDenoiser
-    from fewstep.recipes.validation import DenoisingPSNR
-    from fewstep.training import Trainer, TrainingOptions
-
-    options = build(TrainingOptions, recipe.training, "training")
-    options = options if steps is None else replace(options, steps=steps)
-    config = build(UNetConfig, recipe.network, "network")
-    objective = build(DenoisingScoreMatching, recipe.objective, "objective")
-    validation = build(DenoisingPSNR, recipe.validation, "validation")
-    photographs = list_images(data)
-    training, held_out = split(photographs, recipe.holdout)
-    shapes = crop_shapes(recipe.crops)
-    if config.size is not None and any(shape.size != config.size for shape in shapes):
-        raise ValueError(f"a network for images of {config.size} pixels learns from crops of that size alone")
-    return Trainer(
-        model=seeded(lambda: UNetDenoiser(config), options.seed),
-        objective=objective,
-        data=RandomCrops([load_image(path, largest(shapes)) for path in training], shapes, options.seed),
-        out=Path(out),
-        options=options,
-        validate=validation.on([load_image(path, validation.size) for path in held_out]),
-        export=partial(UNetDenoiser.save, folder=Path(out) / "prior"),
-        describe={
-            "network": asdict(config),
-            "objective": asdict(objective),
-            "crops": recipe.crops,
-            "holdout": recipe.holdout,
-            "data": files_hash(photographs),
-            "seed": options.seed,
-        },
-    )
-
-
-def _prior() -> type:
-    return PriorRecipe
-
-
-def _ud2m() -> type:
-    from fewstep.recipes.ud2m import UD2MRecipe
-
-    return UD2MRecipe
-
-
-def _labelled() -> type:
-    from fewstep.recipes.labelled import LabelledPriorRecipe
-
-    return LabelledPriorRecipe
-
-
-def _classifier() -> type:
-    from fewstep.recipes.labelled import ClassifierRecipe
-
-    return ClassifierRecipe
-
-
-KINDS: dict[str, Callable[[], type]] = {
-    "prior": _prior,
-    "ud2m": _ud2m,
-    "labelled": _labelled,
-    "classifier": _classifier,
-}
+    options = build(TrainingOptions, values, "training")
+    return options if steps is None else replace(options, steps=steps)
 
 
 # what trainings write to a folder of this name, and how it is used

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,14 @@ from torch import Tensor, nn
 from fewstep.core.checks import check_counts, check_shares
 from fewstep.core.files import files_hash
 from fewstep.core.noise import seeded
-from fewstep.data import to_units
+from fewstep.data import from_bytes
 from fewstep.metrics.classes import Classifier, ClassifierConfig
 from fewstep.objectives.classification import CrossEntropy
 from fewstep.objectives.denoising import DenoisingScoreMatching
 from fewstep.priors.unet import UNetConfig, UNetDenoiser
-from fewstep.recipes import build
+from fewstep.recipes import build, training_options
 from fewstep.recipes.validation import DenoisingPSNR
-from fewstep.training import Trainer, TrainingOptions
+from fewstep.training import Trainer
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class LabelledBatches:
             chosen.append(int(rng.integers(len(self.data.labels))))
             told.append(bool(rng.uniform() >= self.hidden))
         label = torch.where(torch.tensor(told), self.data.labels[chosen], -1)
-        return {"x0": to_units(self.data.images[chosen]), "cond": {"label": label}}
+        return {"x0": from_bytes(self.data.images[chosen]), "cond": {"label": label}}
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class LabelledPriorRecipe:
 
     def trainer(self, data: str | Path, out: str | Path, steps: int | None = None) -> Trainer:
         """Return the trainer on the .npz file `data`, writing to `out`; the prior goes to `out`/prior."""
-        options = _options(self.training, steps)
+        options = training_options(self.training, steps)
         config = build(UNetConfig, self.network, "network")
         training, test = _read(data, config).split(self.holdout)
         return Trainer(
@@ -164,7 +164,7 @@ class ClassifierRecipe:
 
     def trainer(self, data: str | Path, out: str | Path, steps: int | None = None) -> Trainer:
         """Return the trainer on the .npz file `data`, writing to `out`; the classifier goes to `out`/classifier."""
-        options = _options(self.training, steps)
+        options = training_options(self.training, steps)
         config = build(ClassifierConfig, self.network, "network")
         training, test = _read(data, config).split(self.holdout)
         return Trainer(
@@ -190,11 +190,6 @@ def _read(path: str | Path, config: UNetConfig | ClassifierConfig) -> Labelled:
     return found
 
 
-def _options(values: Mapping[str, Any], steps: int | None) -> TrainingOptions:
-    options = build(TrainingOptions, values, "training")
-    return options if steps is None else replace(options, steps=steps)
-
-
 def _numbers(recipe: LabelledPriorRecipe | ClassifierRecipe) -> dict[str, Any]:
     """Return what a run shares with the one that resumes it."""
     return {name: value for name, value in asdict(recipe).items() if name not in ("training", "validation")}
@@ -203,5 +198,5 @@ def _numbers(recipe: LabelledPriorRecipe | ClassifierRecipe) -> dict[str, Any]:
 def _accuracy(model: nn.Module, test: Labelled) -> dict[str, float]:
     """Return the share of test images that are put into their class."""
     device = next(model.parameters()).device
-    answers = model(to_units(test.images).to(device)).argmax(1).cpu()
+    answers = model(from_bytes(test.images).to(device)).argmax(1).cpu()
     return {"accuracy": float((answers == test.labels).float().mean())}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fewstep.core.checks import check_counts
 from fewstep.core.problem import Posterior
-from fewstep.data import CropShape, RandomCrops, center_crops
+from fewstep.data import CropShape, RandomCrops, centre_batch
 from fewstep.measurements import Family, SimulatedMeasurements
 from fewstep.metrics import Missing, lpips_net
 from fewstep.unfolded.sampler import Unfolded
@@ -40,7 +40,7 @@ class SamplingFigures:
         self, held_out: Sequence[Tensor], families: Sequence[Family], prior: Any, device: str = "cpu"
     ) -> Callable[[nn.Module], dict[str, float]]:
         """Return the figures as a function of a `Contest`; `held_out` are uint8 images, (3, H, W) each."""
-        clean = center_crops(held_out[:: max(1, len(held_out) // self.images)][: self.images], self.size).to(device)
+        clean = centre_batch(held_out[:: max(1, len(held_out) // self.images)][: self.images], self.size).to(device)
         crops = RandomCrops(held_out, (CropShape(self.images, self.size),), seed=7)
         truths, likelihoods = [], []
         for number, x in enumerate(clean):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch import nn
 from fewstep.core.denoiser import Denoiser
 from fewstep.core.files import files_hash
 from fewstep.core.noise import seeded
-from fewstep.data import RandomCrops, crop_shapes, largest, list_images, load_image, split
+from fewstep.data import RandomCrops, crop_shapes, largest, list_images, load_pixels, split
 from fewstep.measurements import Family, SimulatedMeasurements
 from fewstep.metrics import LPIPS_VARIABLE, Missing, lpips_net
 from fewstep.objectives.adversarial import Critic, CriticConfig
@@ -26,9 +26,9 @@ from fewstep.objectives.ud2m import UD2M, Contest, Weights
 from fewstep.priors.loaders import load_prior
 from fewstep.priors.unet import UNetDenoiser
 from fewstep.processes import process
-from fewstep.recipes import build
+from fewstep.recipes import build, training_options
 from fewstep.recipes.sampling import SamplingFigures
-from fewstep.training import Trainer, TrainingOptions
+from fewstep.training import Trainer
 from fewstep.unfolded.decoders import AdaptedDecoder, ContextDecoder
 from fewstep.unfolded.levels import LevelConfig
 from fewstep.unfolded.lora import LoRAConfig
@@ -111,8 +111,7 @@ class UD2MRecipe:
 
         The sampler goes to `out`/sampler, and what LoRA adds to the prior to `out`/adapter.
         """
-        options = build(TrainingOptions, self.training, "training")
-        options = options if steps is None else replace(options, steps=steps)
+        options = training_options(self.training, steps)
         families = tuple(build(Family, entry, "families") for entry in self.families)
         device = process().device
         prior = load_prior(self.prior).to(device)
@@ -122,7 +121,7 @@ class UD2MRecipe:
         photographs = list_images(data)
         training, held_out = split(photographs, self.holdout)
         shapes, figures = crop_shapes(self.crops), build(SamplingFigures, self.validation, "validation")
-        crops = RandomCrops([load_image(path, largest(shapes)) for path in training], shapes, options.seed)
+        crops = RandomCrops([load_pixels(path, largest(shapes)) for path in training], shapes, options.seed)
         measurements = SimulatedMeasurements(crops, families, str(device))
         measurements.check()
         facts = {
@@ -139,7 +138,7 @@ class UD2MRecipe:
             data=measurements,
             out=Path(out),
             options=options,
-            validate=figures.on([load_image(path, figures.size) for path in held_out], families, prior, str(device)),
+            validate=figures.on([load_pixels(path, figures.size) for path in held_out], families, prior, str(device)),
             describe={**_numbers(self), "training": {"seed": options.seed}, **sources},
         )
         trainer.export = partial(_export, trainer, prior=prior, facts=facts)

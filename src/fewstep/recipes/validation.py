@@ -14,7 +14,7 @@ from fewstep.core.batch import like
 from fewstep.core.checks import check_counts
 from fewstep.core.denoiser import Denoiser
 from fewstep.core.noise import Noise
-from fewstep.data import center_crops
+from fewstep.data import centre_batch
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class DenoisingPSNR:
 
     def on(self, held_out: Sequence[Tensor]) -> Callable[[nn.Module], dict[str, float]]:
         """Return the figure as a function of the model; `held_out` are uint8 images, (3, H, W) each."""
-        clean = center_crops(held_out[:: max(1, len(held_out) // self.images)][: self.images], self.size)
+        clean = centre_batch(held_out[:: max(1, len(held_out) // self.images)][: self.images], self.size)
         z = Noise(range(len(clean))).randn_like(clean)
         return lambda model: {f"psnr_{s:g}": denoising_psnr(model, clean, 2 * s / 255, z) for s in self.sigmas}
 

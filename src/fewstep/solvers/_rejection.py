@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fewstep.core.batch import like
+from fewstep.core.counts import Counts
 from fewstep.core.kernel import bridge, combine, epsilon_of
-from fewstep.core.likelihood import Counts
 from fewstep.core.multistep import Predict, Solver, prior_mean
 from fewstep.core.noise import Noise
 from fewstep.core.problem import Posterior

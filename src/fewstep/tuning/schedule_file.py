@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from fewstep.core.files import write_bytes
+from fewstep.core.files import write_json
 from fewstep.core.multistep import Solver
 from fewstep.core.registry import get
 from fewstep.options import typed_fields
@@ -60,7 +60,7 @@ class TunedSchedule:
         """Write the schedule to `path`, atomically."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(path, (json.dumps({"format": FORMAT, **asdict(self)}, indent=2) + "\n").encode())
+        write_json(path, {"format": FORMAT, **asdict(self)})
 
     @classmethod
     def load(cls, path: str | Path) -> TunedSchedule:
