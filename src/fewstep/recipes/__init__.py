@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from fewstep.training import TrainingOptions
 
 FOLDER = Path(__file__).parent
-
-
 KINDS = {  # kind of a recipe: file of this folder and dataclass there, imported when a recipe is read
     "prior": "prior:PriorRecipe",
     "ud2m": "ud2m:UD2MRecipe",
