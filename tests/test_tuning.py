@@ -260,6 +260,14 @@ def test_order_of_the_decisions(decision):
     assert abs(order.order_after_start(make, "log_rho", steps=(40, 80, 160)) - make().order) < 0.15
 
 
+@pytest.mark.parametrize(("form", "want"), [("x0", 3), ("epsilon", 2)])
+def test_order_of_steps_over_an_inner_point(form, want):
+    """In epsilon they do not damp the error of the first step."""
+    make = functools.partial(USF, decisions=(Decision(form, 3, "exact", 1),))
+    found = order.order_from_noise(make, steps=(80, 160, 320))
+    assert make().order == want and (found > 2.8 if want == 3 else found < 2.2)
+
+
 @pytest.mark.parametrize(
     "wrong", [(), (("v", 2, "half", 0, False),), (("x0", 5, "half", 0, False),), (("x0", 2, "none", 0, False),)]
 )
