@@ -258,6 +258,10 @@ def test_samples_that_do_not_follow_the_law_fail():
         check_law(WrongNoise(steps=6))
 
 
+def test_the_form_of_infinite_fields_is_checked_too():
+    check_form(fewstep.get("pnp_dm")(steps=4, inner_steps=2, rho_max=math.inf))
+
+
 def test_undocumented_fields_fail():
     @dataclasses.dataclass(frozen=True)
     class Undocumented(MMPS):

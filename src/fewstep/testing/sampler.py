@@ -71,7 +71,8 @@ def check_form(sampler: Sampler) -> None:
     assert isinstance(cls.reference, Reference)
     assert cls.exact in {"posterior", "biased", "mode"} and cls.limit
     assert cls.needs <= {"gradient", "prox", "draw", "svd", "gaussian"}
-    assert eval(repr(sampler), {cls.__name__: cls}) == sampler, "repr does not round-trip"
+    names = {cls.__name__: cls, "inf": math.inf, "nan": math.nan}
+    assert eval(repr(sampler), names) == sampler, "repr does not round-trip"
     assert all(isinstance(cls.preset(name), cls) for name in cls.presets)
     for dtype in (torch.float64, torch.float32):
         problem = _cast(gaussian_problem(batch=2).problem, dtype)
