@@ -1,5 +1,6 @@
 """Tuned schedules: closed forms on Gaussians, gradients against differences, held-out gains on a mixture, files, resumption."""
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -327,6 +328,19 @@ def test_tuners_run_where_no_ratio_is_small(schedule, tuner):
     assert bool((schedule.time(AlignYourSteps().ratios(todo)) > 0).all()), "the network is asked at these times"
     found = Tuning(SMALL[tuner], todo, "gaussian").run()
     assert found.sampler()(todo.problem).x.shape == (1, 1, 2)
+
+
+@pytest.mark.parametrize("tuner", range(3), ids=["ays", "ggdm", "s3"])
+def test_every_item_has_its_row_of_the_condition(tuner):
+    class Shifted(GaussianPrior):
+        def forward(self, x_t, t, *, shift):
+            assert len(shift) == len(x_t)
+            return super().forward(x_t, t) + shift
+
+    prior = Shifted(torch.zeros(2, dtype=F64), STD**2 * torch.eye(2, dtype=F64))
+    problem = Posterior(prior, FlatLikelihood((2,), 1, F64), {"shift": torch.tensor([[0.1, -0.3]], dtype=F64)})
+    brief = dataclasses.replace(SMALL[tuner], rounds=1)
+    assert Tuning(brief, Task(problem, 3), "shifted").run().sampler().steps == 3
 
 
 # --- files and interruptions -------------------------------------------------------------------------------------------------------
