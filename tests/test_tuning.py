@@ -395,6 +395,35 @@ def test_schedule_files(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        *(
+            ({"times": times}, "times must be")
+            for times in ([1, "a", 0], None, 5, [[1], [0.5], [0]], [1, True, 0], [1.0])
+        ),
+        *(({"settings": settings}, "settings must be an object") for settings in (None, [1])),
+        *(({"solver": solver}, "solver must be a name") for solver in (5, None)),
+        ({"solver": "nope"}, "unknown solver"),
+        ({"figures": None}, "figures must be"),
+        ({"settings": {"released": "maybe"}}, "released must be bool"),
+        ({"settings": {"relesed": True}}, "did you mean released"),
+        ({"settings": {"terms": None}}, "terms"),
+    ],
+    ids=str,
+)
+def test_schedule_files_of_other_kinds_are_refused_in_one_line(tmp_path, change, match):
+    file = tmp_path / "s.json"
+    TunedSchedule("ays", "m", "dpmpp", (1.0, 0.5, 0.0), {"released": False}).save(file)
+    values = json.loads(file.read_text())
+    assert TunedSchedule.load(file).sampler().released is False
+    file.write_text(json.dumps(values | {"settings": {"released": "no"}}))
+    assert TunedSchedule.load(file).sampler().released is False
+    file.write_text(json.dumps(values | change))
+    with pytest.raises(ValueError, match=match):
+        TunedSchedule.load(file).sampler()
+
+
+@pytest.mark.parametrize(
     ("cls", "wrong"),
     [
         (AlignYourSteps, {"nodes": 1}),
