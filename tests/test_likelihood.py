@@ -8,7 +8,7 @@ import importlib
 import pytest
 import torch
 
-from fewstep.core.likelihood import FlatLikelihood, GaussianLikelihood
+from fewstep.core.likelihood import FlatLikelihood, GaussianLikelihood, JointLikelihood
 from fewstep.core.spectral import (
     DecimatedSpectrum,
     DiagonalSpectrum,
@@ -16,6 +16,7 @@ from fewstep.core.spectral import (
     OrthogonalSpectrum,
     spectrum_of,
 )
+from fewstep.core.together import Together
 from fewstep.operators.image import deepinv_physics, image_likelihood
 from fewstep.operators.matrix import MatrixOperator
 from fewstep.testing.likelihood import check_adjoint, check_draw, check_likelihood, check_prox
@@ -301,6 +302,29 @@ def test_a_wrong_prox_score_and_draw_are_found():
         check_likelihood(coupled)
     with pytest.raises(AssertionError, match="modified"):
         check_likelihood(planted(prox=lambda self, z, rho: z.mul_(2)))
+    quarter = {name: lambda self, x, name=name: getattr(cls, name)(self, x) / 4 for name in ("log_prob", "score")}
+    with pytest.raises(AssertionError, match="log_prob against dense algebra"):
+        check_likelihood(planted(**quarter))
+
+
+def test_likelihoods_that_draw_without_a_dense_truth_keep_the_contract():
+    one, two = (GaussianLikelihood(randn(2, 5, seed=i), MatrixOperator(randn(5, 8)), 0.3 + i) for i in range(2))
+    joint = JointLikelihood(one, randn(2, 8), torch.tensor(0.8, dtype=F64), torch.tensor(0.6, dtype=F64))
+    for right in (FlatLikelihood((4,), 2, F64), joint, Together([one, two])):
+        check_likelihood(right)
+
+
+@pytest.mark.parametrize(
+    ("draw", "match"),
+    [
+        (lambda self, z, rho, noise: z + torch.randn(z.shape), "decided by its noise"),
+        (lambda self, z, rho, noise: (z + noise.randn_like(z)).float(), "float32"),
+        (lambda self, z, rho, noise: z + noise.randn_like(z).mean(0), "depends on its neighbours"),
+    ],
+)
+def test_wrong_draws_are_found_without_a_dense_truth(draw, match):
+    with pytest.raises(AssertionError, match=match):
+        check_likelihood(type("Planted", (FlatLikelihood,), {"draw": draw})((4,), 2, F64))
 
 
 def test_a_matrix_with_as_many_rows_as_measurements_is_not_taken_apart():

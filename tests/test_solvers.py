@@ -105,12 +105,20 @@ def test_a_measurement_is_not_ignored(name):
         ("lml", {"damping": 0.0}),
         ("lml", {"kappa": 1.0}),
         ("usf", {"decisions": (("x0", 2, "half", 0, False, 1),)}),
+        ("srds", {"fine": 2.5}),
+        ("srds", {"tolerance": -1.0}),
     ],
     ids=str,
 )
 def test_settings_out_of_range_are_refused(name, settings):
     with pytest.raises(ValueError, match="must"):
         get(name, "solvers")(**settings)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_times_may_be_a_list(mixture, name):
+    listed, times = (get(name, "solvers")(steps=3, grid=kind((1.0, 0.6, 0.2, 0.0))) for kind in (list, tuple))
+    assert listed.nfe == times.nfe and torch.equal(listed(mixture, 2).x, times(mixture, 2).x)
 
 
 @pytest.mark.parametrize("grid", ["spiral", (0.5, 0.7, 0.0), (1.0,), (1.0, 0.5, -0.1)])

@@ -197,6 +197,64 @@ def test_a_wrong_score_and_a_wrong_constant_fail():
         check_histogram(WrongConstant())
 
 
+@dataclass(frozen=True)
+class Line(TargetDensity):
+    """N(0, 9) with a log Z that is `off`, without a sampler."""
+
+    off: float = 0.0
+    dim: int = 1
+    known: tuple[str, ...] = ()
+
+    @property
+    def log_z(self):
+        return self.dim * math.log(3 * math.sqrt(2 * math.pi)) + self.off
+
+    def log_prob(self, x):
+        return -0.5 * (x / 3).square().sum(1)
+
+    def expectations(self):
+        return {name: torch.full((self.dim,), 9.0).double() for name in self.known}
+
+
+@pytest.mark.parametrize("dim", [1, 2])
+def test_log_z_is_held_to_quadrature_without_a_sampler_too(dim):
+    check_target(Line(dim=dim))
+    for off in (-0.01, 1.0):
+        with pytest.raises(AssertionError, match="integrates to"):
+            check_target(Line(off, dim))
+
+
+@dataclass(frozen=True)
+class Box(Line):
+    """Uniform on the square, or on the quarter plane, and 0 `outside`."""
+
+    support: tuple[float, float] = (0.0, 1.0)
+    outside: float = -math.inf
+    log_z: float = 0.0
+
+    def log_prob(self, x):
+        return torch.where(((x > 0) & (x < self.support[1])).all(1), 0 * x.sum(1), self.outside)
+
+
+def test_a_support_ends_the_density_with_and_without_a_sampler():
+    points = Streams(0, range(32), torch.float64).rand(2)
+    check_target(Box(dim=2), points=points)
+    for wrong in (Box(dim=2, outside=0.0), Box(dim=2, outside=0.0, support=(0.0, math.inf))):
+        with pytest.raises(AssertionError, match="not -inf"):
+            check_target(wrong, points=points)
+
+
+class Drawn(Line):
+    def sample(self, noise):
+        return 3 * noise.randn(self.dim)
+
+
+def test_a_variance_may_be_known_without_the_mean():
+    check_target(Drawn(known=("variance",)))
+    with pytest.raises(AssertionError, match="the mean of the draws"):
+        check_target(Drawn(known=("mean", "variance")))
+
+
 # ---- log Z by quadrature that shares no code with the targets
 
 

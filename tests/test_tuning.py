@@ -1,5 +1,6 @@
 """Tuned schedules: closed forms on Gaussians, gradients against differences, held-out gains on a mixture, files, resumption."""
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -260,6 +261,14 @@ def test_order_of_the_decisions(decision):
     assert abs(order.order_after_start(make, "log_rho", steps=(40, 80, 160)) - make().order) < 0.15
 
 
+@pytest.mark.parametrize(("form", "want"), [("x0", 3), ("epsilon", 2)])
+def test_order_of_steps_over_an_inner_point(form, want):
+    """In epsilon they do not damp the error of the first step."""
+    make = functools.partial(USF, decisions=(Decision(form, 3, "exact", 1),))
+    found = order.order_from_noise(make, steps=(80, 160, 320))
+    assert make().order == want and (found > 2.8 if want == 3 else found < 2.2)
+
+
 @pytest.mark.parametrize(
     "wrong", [(), (("v", 2, "half", 0, False),), (("x0", 5, "half", 0, False),), (("x0", 2, "none", 0, False),)]
 )
@@ -321,6 +330,19 @@ def test_tuners_run_where_no_ratio_is_small(schedule, tuner):
     assert found.sampler()(todo.problem).x.shape == (1, 1, 2)
 
 
+@pytest.mark.parametrize("tuner", range(3), ids=["ays", "ggdm", "s3"])
+def test_every_item_has_its_row_of_the_condition(tuner):
+    class Shifted(GaussianPrior):
+        def forward(self, x_t, t, *, shift):
+            assert len(shift) == len(x_t)
+            return super().forward(x_t, t) + shift
+
+    prior = Shifted(torch.zeros(2, dtype=F64), STD**2 * torch.eye(2, dtype=F64))
+    problem = Posterior(prior, FlatLikelihood((2,), 1, F64), {"shift": torch.tensor([[0.1, -0.3]], dtype=F64)})
+    brief = dataclasses.replace(SMALL[tuner], rounds=1)
+    assert Tuning(brief, Task(problem, 3), "shifted").run().sampler().steps == 3
+
+
 # --- files and interruptions -------------------------------------------------------------------------------------------------------
 
 SMALL = [
@@ -370,6 +392,35 @@ def test_schedule_files(tmp_path):
             TunedSchedule.load(tmp_path / "w.json")
     with pytest.raises(ValueError, match="cannot be read"):
         TunedSchedule.load(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        *(
+            ({"times": times}, "times must be")
+            for times in ([1, "a", 0], None, 5, [[1], [0.5], [0]], [1, True, 0], [1.0])
+        ),
+        *(({"settings": settings}, "settings must be an object") for settings in (None, [1])),
+        *(({"solver": solver}, "solver must be a name") for solver in (5, None)),
+        ({"solver": "nope"}, "unknown solver"),
+        ({"figures": None}, "figures must be"),
+        ({"settings": {"released": "maybe"}}, "released must be bool"),
+        ({"settings": {"relesed": True}}, "did you mean released"),
+        ({"settings": {"terms": None}}, "terms"),
+    ],
+    ids=str,
+)
+def test_schedule_files_of_other_kinds_are_refused_in_one_line(tmp_path, change, match):
+    file = tmp_path / "s.json"
+    TunedSchedule("ays", "m", "dpmpp", (1.0, 0.5, 0.0), {"released": False}).save(file)
+    values = json.loads(file.read_text())
+    assert TunedSchedule.load(file).sampler().released is False
+    file.write_text(json.dumps(values | {"settings": {"released": "no"}}))
+    assert TunedSchedule.load(file).sampler().released is False
+    file.write_text(json.dumps(values | change))
+    with pytest.raises(ValueError, match=match):
+        TunedSchedule.load(file).sampler()
 
 
 @pytest.mark.parametrize(

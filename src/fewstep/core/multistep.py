@@ -20,6 +20,7 @@ from __future__ import annotations
 import itertools
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, ClassVar, NamedTuple, Self, final
 
@@ -50,7 +51,8 @@ class Solver(DiffusionSampler):
     """A sampler of the prior, from any prediction of x_0 that is smooth in (x_t, t).
 
     Attributes:
-        order: global order of convergence in the step; for samplers with fresh noise the weak order.
+        order: global order of convergence in the step; for samplers with fresh noise the weak order. A start with fewer
+            predictions leaves an error of order 2, which shows where the schedule starts at a small ratio.
         undriven: why it cannot take the prediction of a guided sampler, empty where it can.
     """
 
@@ -237,12 +239,12 @@ class MultistepSolver(Solver):
     @property
     def nfe(self) -> int:
         """See `Sampler`."""
-        return _plan(self, Flow()).calls
+        return plan_of(self, Flow()).calls
 
     @final
     def advance(self, problem: Posterior, state: State, k: int, noise: Noise, predict: Predict) -> State:
         """See `Solver`."""
-        return _plan(self, problem.schedule).advance(problem, state, k, noise, predict)
+        return plan_of(self, problem.schedule).advance(problem, state, k, noise, predict)
 
     def plan(self, schedule: Schedule, times: Tensor) -> Plan:
         """Return the table for falling `times`, (steps + 1,), or (steps + 1, N) where each item has its own, float64.
@@ -266,6 +268,13 @@ class MultistepSolver(Solver):
         rows = [call.row for step in steps for call in step]
         depth_x, depth = max(len(r.x) for r in rows) - 1, max(len(r.predictions) for r in rows) - 1
         return Plan(self, tuple(steps), depth_x, max(depth, self.recall))
+
+
+def plan_of(solver: MultistepSolver, schedule: Schedule) -> Plan:
+    """Return the table of a solver on its own grid, made once."""
+    if not isinstance(solver.grid, str | tuple):  # a list of times is no key of the cache
+        solver = replace(solver, grid=tuple(map(float, solver.grid)))  # type: ignore[type-var]
+    return _plan(solver, schedule)
 
 
 @lru_cache(maxsize=64)

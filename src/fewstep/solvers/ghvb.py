@@ -2,7 +2,8 @@ r"""GHVB: momentum before the Adams-Bashforth combination, whose coefficients ar
 
     v_n = (1 - beta) v_(n-1) + beta epsilon_n,    x_s / alpha_s = x_t / alpha_t + (rho_s - rho_t) / beta sum_j c_j v_(n-j)
 
-The order is kept: at beta = 1 it is Adams-Bashforth, at smaller beta the region of stability grows.
+The order is kept: at beta = 1 it is Adams-Bashforth, at smaller beta the region of stability grows. Above 2 only where the
+schedule starts at a large ratio, as of iPNDM.
 """
 
 from __future__ import annotations

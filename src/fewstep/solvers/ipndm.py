@@ -1,6 +1,7 @@
 r"""iPNDM: DDIM's step with the Adams-Bashforth combination for even steps, whatever the steps are.
 
-Of the declared order only on grids that are even in rho = sigma / alpha; on others of order 1.
+Of the declared order only on grids that are even in rho = sigma / alpha; on others of order 1. Above 2 only where the
+schedule starts at a large ratio, so that the first steps, with fewer predictions, leave no error that shows.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fewstep.core.batch import like
+from fewstep.core.checks import check_counts
 from fewstep.core.grid import times_of
 from fewstep.core.multistep import Predict, Solver
 from fewstep.core.noise import Noise
@@ -68,8 +69,9 @@ class SRDS(Solver):
     )
 
     def __post_init__(self) -> None:
-        if not (self.fine >= 1 and self.tolerance >= 0):
-            raise ValueError(f"fine must be positive and tolerance not negative, got {self.fine} and {self.tolerance}")
+        check_counts(self, "fine")
+        if not self.tolerance >= 0:
+            raise ValueError(f"tolerance must not be negative, got {self.tolerance}")
 
     @property
     def nfe(self) -> int:

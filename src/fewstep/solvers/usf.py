@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fewstep.core.checks import one_of
-from fewstep.core.multistep import X0, Coefficient, MultistepSolver, Point, Stage
+from fewstep.core.multistep import EPSILON, X0, Coefficient, MultistepSolver, Point, Stage
 from fewstep.core.schedule import Schedule
 from fewstep.solvers._decisions import FORMS, RELAXATIONS, TERMS, Decision, Increment, correction, moved_by
 from fewstep.solvers._references import UNIFIED
@@ -58,9 +58,13 @@ class USF(MultistepSolver):
 
     @property
     def order(self) -> int:
-        """See `Solver`; what the least of its steps guarantees, and one more where all of them are corrected."""
+        """See `Solver`; what the least of its steps guarantees, and one more where all of them are corrected.
+
+        Steps over an inner point in epsilon do not damp the error of the first step, which is of order 2.
+        """
         chosen = [Decision(*given) for given in self.decisions]
-        least = min(d.terms if d.relaxation == "exact" else min(d.terms, 2) for d in chosen)
+        low = (d.relaxation != "exact" or (d.start and FORMS[d.form] is EPSILON) for d in chosen)
+        least = min(min(d.terms, 2) if capped else d.terms for d, capped in zip(chosen, low, strict=True))
         return least + all(d.corrector and d.start == 0 for d in chosen)
 
     def decision(self, k: int) -> Decision:

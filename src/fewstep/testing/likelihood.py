@@ -49,14 +49,16 @@ def check_likelihood(
     check_form(likelihood, seed)
     if isinstance(likelihood, GaussianLikelihood):
         check_adjoint(likelihood, tol, seed)
+        check_log_prob(likelihood, tol, seed)
     if "gradient" in likelihood.provides:
         check_score(likelihood, tol, seed)
     if "prox" in likelihood.provides:
         (check_prox if smooth else check_projection)(likelihood, tol, seed)
         check_neighbours(likelihood, alone_tol, seed)
+    if "draw" in likelihood.provides:
+        check_draw_form(likelihood, alone_tol, seed)
     if isinstance(likelihood, GaussianLikelihood):
         check_joint(likelihood, tol, seed)
-    if "draw" in likelihood.provides:
         check_draw(likelihood, num_samples=num_samples, seed=seed)
     if alone is not None:
         check_alone(likelihood, alone, alone_tol, seed)
@@ -91,6 +93,21 @@ def check_adjoint(likelihood: GaussianLikelihood, tol: float = 1e-8, seed: int =
     size = likelihood.A(x).abs().flatten(1).norm(dim=1) * v.abs().flatten(1).norm(dim=1)
     error = float(((left - right).abs() / size.clamp_min(1e-300)).max())
     assert error <= tol, f"A_adjoint is not the adjoint of A: relative error {error:.1e}"
+
+
+def check_log_prob(likelihood: GaussianLikelihood, tol: float = 1e-8, seed: int = 0) -> None:
+    """`log_prob` is -|y - A x|^2 / (2 sigma^2) by dense algebra, up to a constant for each item."""
+    matrix = _real_matrix(likelihood)
+
+    def dense(x: Tensor) -> Tensor:
+        r = real_rows(likelihood.y) - torch.einsum("bmd,bd->bm", matrix, x.flatten(1))
+        return -0.5 * item_dot(r, r) / likelihood.sigma**2
+
+    a, b = points(likelihood, seed), points(likelihood, seed + 1)
+    # relative to both terms: their difference may be small
+    size = 1 + dense(a).abs() + dense(b).abs()
+    change = likelihood.log_prob(a) - likelihood.log_prob(b)
+    close(change / size, (dense(a) - dense(b)) / size, tol, "log_prob against dense algebra")
 
 
 def check_score(likelihood: Likelihood, tol: float = 1e-8, seed: int = 0) -> None:
@@ -140,22 +157,31 @@ def check_joint(likelihood: GaussianLikelihood, tol: float = 1e-8, seed: int = 0
         close(joint.prox(z, rho), truth, tol, f"joint prox at rho = {rho} against a dense solve")
 
 
-def check_draw(likelihood: Likelihood, rho: float = 0.7, num_samples: int = 4000, seed: int = 0) -> None:
-    """Mean and covariance of draws against the exact ones, in standard errors; the same noise gives the same draw."""
-    assert isinstance(likelihood, GaussianLikelihood), "the exact law is known for linear-Gaussian likelihoods only"
+def check_draw_form(likelihood: Likelihood, tol: float = 1e-6, seed: int = 0) -> None:
+    """Shape and dtype of a draw; the same noise gives the same draw, and item 0 is the same whatever the others are."""
+    z, seeds = points(likelihood, seed), [mix(seed, b) for b in range(likelihood.batch)]
+
+    def draw(z: Tensor, seeds: list[int]) -> Tensor:
+        return likelihood.draw(z, 0.5, Noise(seeds, likelihood.dtype, likelihood.device))
+
+    x = draw(z, seeds)
+    assert x.shape == z.shape and x.dtype == z.dtype, f"a draw is {tuple(x.shape)}, {x.dtype}"
+    assert bool(torch.isfinite(x).all()), "a draw is not finite"
+    assert torch.equal(x, draw(z, seeds)), "a draw is not decided by its noise"
+    other = torch.cat([z[:1], 3 * points(likelihood, seed + 1)[1:]])
+    others = draw(other, [seeds[0], *(seed + 1 for seed in seeds[1:])])
+    close(x[:1], others[:1], tol, "a draw depends on its neighbours")
+
+
+def check_draw(likelihood: GaussianLikelihood, rho: float = 0.7, num_samples: int = 4000, seed: int = 0) -> None:
+    """Mean and covariance of draws against the exact ones, in standard errors."""
     z = points(likelihood, seed)
     matrix = _real_matrix(likelihood)
     precision = _precision(likelihood, matrix) + rho**-2 * torch.eye(matrix.shape[2]).to(z)
     mean = dense_prox(likelihood, z, rho)
     seeds = [mix(seed, b) for b in range(likelihood.batch)]
-    many = likelihood.expand(num_samples)
-
-    def draw() -> Tensor:
-        noise = Noise.spawn(seeds, range(num_samples), likelihood.dtype, likelihood.device)
-        return many.draw(tile(z, num_samples), rho, noise)
-
-    x = draw()
-    assert torch.equal(x, draw()), "a draw is not decided by its noise"
+    noise = Noise.spawn(seeds, range(num_samples), likelihood.dtype, likelihood.device)
+    x = likelihood.expand(num_samples).draw(tile(z, num_samples), rho, noise)
     centred = (x.reshape(num_samples, *z.shape) - mean).flatten(2)
     root = torch.linalg.cholesky(precision)  # root' (x - mean) is standard normal
     white = torch.einsum("bij,kbi->kbj", root, centred)

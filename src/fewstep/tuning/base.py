@@ -16,7 +16,6 @@ from torch import Tensor
 
 from fewstep.core.files import write_bytes
 from fewstep.core.grid import lowest_ratio
-from fewstep.core.likelihood import FlatLikelihood
 from fewstep.core.multistep import MultistepSolver, Solver
 from fewstep.core.noise import Noise, mix
 from fewstep.core.problem import Posterior
@@ -84,9 +83,7 @@ class Task:
 
     def items(self, count: int) -> Posterior:
         """Return the problem of `count` items."""
-        likelihood = self.problem.likelihood
-        flat = FlatLikelihood(likelihood.event_shape, count, likelihood.dtype, likelihood.device)
-        return Posterior(self.problem.prior, flat, self.problem.cond)
+        return self.problem.expand(count)
 
 
 @torch.no_grad()

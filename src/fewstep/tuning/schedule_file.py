@@ -15,6 +15,12 @@ from fewstep.options import typed_fields
 
 FORMAT = "fewstep-schedule"
 SOLVER = "dpmpp"  # where none is named
+# of the fields as JSON has them
+_KINDS: dict[str, tuple[type, str]] = {
+    **dict.fromkeys(("method", "prior", "solver"), (str, "a name")),
+    "times": (list, "a list"),
+    **dict.fromkeys(("settings", "figures"), (dict, "an object")),
+}
 
 
 @dataclass(frozen=True)
@@ -47,10 +53,12 @@ class TunedSchedule:
         Raises:
             ValueError: there is no such solver, or it has no such fields.
         """
-        settings = dict(self.settings) if name in (None, self.solver) else {}
+        kind = get(name or self.solver, "solvers")
+        own = self.settings if name in (None, self.solver) else {}
+        settings = typed_fields(kind, own, f"solver {name or self.solver}")
         fixed = {"steps": len(self.times) - 1, "grid": self.times}
         try:
-            solver = get(name or self.solver, "solvers")(**{**settings, **fixed, **overrides})
+            solver = kind(**{**settings, **fixed, **overrides})
         except TypeError as error:
             raise ValueError(f"solver {name or self.solver}: {error}") from None
         assert isinstance(solver, Solver)
@@ -67,7 +75,8 @@ class TunedSchedule:
         """Return what `save` wrote.
 
         Raises:
-            ValueError: the file cannot be read, is no schedule, or lacks a field or has one that is not known.
+            ValueError: the file cannot be read, is no schedule, or lacks a field or has one that is not known or of another
+                kind.
         """
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -76,6 +85,11 @@ class TunedSchedule:
         known = {f.name for f in fields(cls)}
         if not isinstance(values, dict) or values.pop("format", None) != FORMAT or set(values) != known:
             raise ValueError(f"{path} is no schedule of this library: {FORMAT} with {', '.join(sorted(known))}")
+        for name, (kind, words) in _KINDS.items():
+            if not isinstance(values[name], kind):
+                raise ValueError(f"{path} is no schedule: {name} must be {words}, got {values[name]!r}")
+        if len(values["times"]) < 2 or not all(type(time) in (int, float) for time in values["times"]):
+            raise ValueError(f"{path} is no schedule: times must be two numbers or more, got {values['times']!r}")
         return cls(**{name: frozen(value) if name != "figures" else value for name, value in values.items()})
 
 
