@@ -202,6 +202,22 @@ def test_rows_of_several_seeds():
     assert [row["W1"] for row in starred(rows)] == ["0.5 ± 0.1", "0.400 *"]
 
 
+def test_what_seeds_do_not_share_is_not_that_of_the_first():
+    rows = [
+        {"modes": "9/9", "ELBO": -1.0, "EUBO": 2.0, "W1": 0.1, "covers": None},
+        {"modes": "3/9", "ELBO": None, "EUBO": "no bound", "W1": 0.1, "covers": "yes"},
+        {"modes": "9/9", "ELBO": -3.0, "EUBO": 3.0, "W1": "not finite", "covers": "no", "KSD": 0.5},
+    ]
+    assert summary(rows) == {
+        **{"modes": "9/9, 3/9", "ELBO": "-2.000 ± 12.71 (2 of 3 seeds)", "EUBO": "no bound", "W1": "not finite"},
+        **{"covers": "1/2 (2 of 3 seeds)", "KSD": "0.500 (1 of 3 seeds)"},
+    }
+    assert summary([{"ELBO": None}, {"ELBO": None}]) == {"ELBO": None}
+    values = ("0.100 (1 of 3 seeds)", "0.2 ± 0.1 (2 of 3 seeds)", "0.5 ± 0.1", 0.6, "9/9, 3/9", None)
+    rows = [dict.fromkeys(densities.EQUAL) | {"W1": value} for value in values]
+    assert [row["W1"] for row in starred(rows)] == [*values[:2], "0.5 ± 0.1 *", *values[3:]]
+
+
 def test_published_tables_say_what_can_be_compared():
     rows = [row for rows in TABLES.values() for row in rows]
     assert all(len(row.values) == len(COLUMNS) and row.comparable for row in rows)

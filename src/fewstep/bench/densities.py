@@ -41,7 +41,8 @@ NOTES = (
     "was seen to fold; EUBO: the same over exact draws, at least log Z. low, high: 95 % interval of log Z, without an upper end "
     "where k-hat forbids one; covers: whether it holds the truth, open where it has no upper end. folds: draws at which the map has "
     "turned over, whose weights are negative; refused: draws without a valid weight. A value with ± is a mean over seeds with its "
-    "95 % interval; log Z and the ends of its interval are then means too.",
+    "95 % interval; log Z and the ends of its interval are then means too. What differs between seeds and is no number stands one "
+    "after the other; what some seeds lack says how many have it.",
     "resampled: one-step draws by their weights. then SMC: sequential Monte Carlo in the noise that the one-step map starts "
     "from; its log Z is the corrected one.",
     "coverage: how many of so many further sets of draws have an interval that holds log Z (yes), has no upper end (open) or "
