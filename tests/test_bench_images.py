@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from fewstep import metrics
-from fewstep.bench import images
+from fewstep.bench import densities, images, log
 from fewstep.bench.common import Variant, within
 from fewstep.bench.log import Log
 from fewstep.bench.priors import random_prior
@@ -229,6 +229,18 @@ def test_what_failed_or_had_no_lpips_is_run_again(folder, given, tmp_path, monke
     assert run() and not calls
     monkeypatch.setattr(images, "_lpips_sources", lambda setup: ["elsewhere", "none"])
     assert run() and len(calls) == 1
+
+
+def test_rows_of_another_version_are_not_taken_over(folder, given, tmp_path, monkeypatch):
+    run, calls = partial(images.main, folder, tmp_path / "t.json", limit=1, **given), []
+    run()
+    monkeypatch.setattr(images, "method_row", lambda *a, f=images.method_row: calls.append(1) or f(*a))
+    assert run() and not calls
+    marks = [(log.fingerprint(given["prior"], 1), densities.mark("rings", 1))]
+    for module in (log, densities):
+        monkeypatch.setattr(module, "library_version", lambda: "99.0")
+    marks.append((log.fingerprint(given["prior"], 1), densities.mark("rings", 1)))
+    assert run() and len(calls) == 1 and not set(marks[0]) & set(marks[1])
 
 
 def test_antithetic_samples_have_rows_of_their_own(folder, given, tmp_path):

@@ -25,6 +25,7 @@ from fewstep.bench.density_tables import EQUAL, costed, ordered, starred, summar
 from fewstep.bench.log import Log
 from fewstep.bench.trials import kept
 from fewstep.core.density import TargetDensity
+from fewstep.core.files import library_version
 from fewstep.core.noise import mix
 from fewstep.densities.base import Transport
 from fewstep.densities.draws import Draws
@@ -172,8 +173,8 @@ def known(name: str, data: Path | None) -> TargetDensity:
 
 
 def mark(name: str, *given: Any) -> str:
-    """Return a hash of what rows of a target depend on."""
-    return hashlib.sha256(repr((name, *given)).encode()).hexdigest()[:16]
+    """Return a hash of what rows of a target depend on, the version that made them among it."""
+    return hashlib.sha256(repr((library_version(), name, *given)).encode()).hexdigest()[:16]
 
 
 class Bench:
