@@ -64,9 +64,10 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def total(rows: Sequence[Mapping[str, Any]], means: Sequence[str]) -> dict[str, Any]:
-    """Return one row of several: sums, and of the columns `means` what `summary` gives."""
-    over = summary([{key: row[key] for key in means} for row in rows])
-    return {key: over[key] if key in means else sum(row[key] for row in rows) for key in rows[0]}
+    """Return one row of several: sums over the rows that have a column, and of the columns `means` what `summary` gives."""
+    keys = dict.fromkeys(key for row in rows for key in row)
+    over = summary([{key: row.get(key) for key in keys if key in means} for row in rows])
+    return {key: over[key] if key in means else sum(row.get(key, 0) for row in rows) for key in keys}
 
 
 def _over(values: Sequence[Any]) -> Any:
