@@ -210,7 +210,8 @@ class Bench:
         yield first | kept(self.log, "floor", self.truth.floors)
         for name in track(self.plan.methods, self.name, transient=True):
             for steps in self._steps(name):
-                yield {"method": name, "steps": steps} | self._over_seeds(f"{name} {steps}", name, self._row(name, steps))
+                found = self._over_seeds(f"{name} {steps}", name, self._row(name, steps))
+                yield {"method": name, "steps": steps} | found
             if self._maps(name):
                 resampled = self._over_seeds(f"{name} resampled", name, self._resampled(name))
                 yield {"method": f"{name}, resampled", "steps": 1} | resampled

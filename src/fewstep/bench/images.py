@@ -341,8 +341,8 @@ class Table:
             name = {"method": BASELINE, "preset": "", "steps": None} if entry is None else describe(entry)
             keys = [row_key(photo, self.task, entry, self.setup) for photo in self.photos]
             rows.append(name | _average([self.log.row(key) for key in keys]) | self._distances(keys, truths))
-        if self.sets is not None and truths is not None:
-            rows.append({"method": HALVES, "images": len(truths), **self.sets.halves(truths)})
+        if self.sets is not None and truths is not None and (halves := self.sets.halves(truths)):
+            rows.append({"method": HALVES, "images": len(truths), **halves})
         return _aligned(rows)
 
     def _distances(self, keys: Sequence[str], truths: Sequence[Tensor] | None) -> dict[str, float]:
