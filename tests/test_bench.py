@@ -1,6 +1,8 @@
 """Every benchmark runs at a tiny size, writes what it says, and what it says is right where that is known."""
 
 import json
+import os
+import re
 import time
 
 import numpy as np
@@ -13,6 +15,7 @@ from fewstep.bench.memory import PeakMemory
 from fewstep.bench.priors import random_prior
 from fewstep.core.registry import get
 from fewstep.priors.unet import UNetConfig
+from fewstep.testing.law import GaussianLaw, distance
 from fewstep.testing.problems import bimodal_problem, gaussian_problem
 
 
@@ -65,15 +68,22 @@ def test_what_is_no_report_is_refused(tmp_path, content):
         table.main(path)
 
 
-def test_failed_write_leaves_the_old_report(tmp_path):
+def test_failed_write_leaves_the_old_report(tmp_path, monkeypatch):
     path = tmp_path / "r.json"
     common.Report("demo", {}).write(path)
     before = path.read_text()
-    broken = common.Report("demo", {})
-    broken.tables = {"t": [{"x": 1}]}
-    broken.settings = object()  # no mapping: becomes text, so this must still be written
-    broken.write(path)
-    assert path.read_text() != before and not list(tmp_path.glob(".*"))
+    other = common.Report("demo", object(), {"t": [{"x": 1}]})  # settings that are no mapping become text
+
+    def full(*_):
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        with pytest.raises(OSError, match="no space left"):
+            other.write(path)
+    assert path.read_text() == before and list(tmp_path.iterdir()) == [path]
+    other.write(path)
+    assert json.loads(path.read_text())["tables"] == other.tables and list(tmp_path.iterdir()) == [path]
 
 
 def test_tables_are_written_into_new_folders_and_remarks_say_whose_they_are(tmp_path):
@@ -131,8 +141,18 @@ def test_gaussian_benchmark(tmp_path):
     draw = found["oracle draw", ""]
     assert draw["measured"] == pytest.approx(1, abs=1e-3) and draw["null space"] == pytest.approx(1, abs=1e-3)
     cells = next(r for r in modes if r["method"] == "oracle draw")
-    assert [c for k, c in cells.items() if k.startswith("s2=")] == ["-0.00/1.00"] * 5 or "/1.00" in str(cells)
+    scalar = [cell for name, cell in cells.items() if name.startswith("s2=")]
+    assert len(scalar) == 5 and all(re.fullmatch(r"[+-]0\.00/1\.00", cell) for cell in scalar)
     assert (tmp_path / "g.json").exists()
+
+
+def test_the_mean_error_is_over_principal_directions():
+    posterior = gaussian_problem().posterior
+    values, vectors = torch.linalg.eigh(posterior.cov[0])
+    # three deviations along every principal direction: farther along the sum of them
+    shifted = GaussianLaw(posterior.mean.flatten() + vectors @ (3 * values.sqrt()), posterior.cov[0])
+    assert distance(shifted, posterior).mean_error == pytest.approx(3)
+    assert "largest over the principal directions of the posterior" in gaussian.NOTES[0]
 
 
 def test_gaussian_benchmark_records_what_fails():

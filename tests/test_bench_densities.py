@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -16,7 +17,9 @@ from fewstep.bench.density_published import COLUMNS, TABLES, beside
 from fewstep.bench.density_runs import METHODS, Budget, Recipe, Setup, Workshop, exchange_at, sequential_at
 from fewstep.bench.density_tables import starred, summary, total
 from fewstep.core.noise import Streams
+from fewstep.densities.base import DensitySampler
 from fewstep.densities.draws import Draws
+from fewstep.densities.laplace import laplace
 from fewstep.densities.networks import ControlNet
 from fewstep.densities.students._maps import Perceptron
 from fewstep.densities.students.cdds import CDDS
@@ -57,6 +60,13 @@ def test_exact_draws_are_at_the_floor_and_a_third_of_the_modes_is_not(truth):
 def test_energy_with_its_diagonal_is_that_of_two_points():
     a, b = torch.tensor([[0.0], [1.0]]), torch.tensor([[3.0], [3.0]])
     assert energy(a, b) == pytest.approx(2 * 2.5 - 0.5 - 0.0)
+
+
+def test_energy_keeps_its_digits_far_from_the_origin_and_refuses_no_rows():
+    a, b = exact(1).double(), exact(2).double()
+    assert energy(a + 1e7, b + 1e7) == pytest.approx(energy(a, b), rel=1e-5)
+    with pytest.raises(ValueError, match="at least 1 rows, got 0"):
+        energy(a[:0], b)
 
 
 def test_published_figure_is_not_converged_but_a_mean_cost():
@@ -186,6 +196,43 @@ def test_a_training_that_was_stopped_leaves_no_row_and_no_sampler(tmp_path, monk
     assert method not in kept and method not in (tmp_path / "d.jsonl").read_text()
 
 
+def test_a_sampler_that_breaks_at_one_seed_leaves_all_other_rows(monkeypatch, capsys):
+    sample = DensitySampler.sample
+
+    def broken(self, n, steps=None, *, seed=0, **given):
+        draws = sample(self, n, steps, seed=seed, **given)
+        return replace(draws, x=math.nan * draws.x, log_weights=draws.log_weights - math.inf) if seed == 2 else draws
+
+    def broken_rival():
+        raise RuntimeError("chains diverged")
+
+    def drawn_at(target, evaluations, n, seed):
+        return Draws(exact(seed, n))
+
+    recipe = Recipe(lambda shop, target, _: laplace(target, exact(0)[0]), steps=(1,))
+    monkeypatch.setitem(METHODS, "laplace", recipe)
+    monkeypatch.setattr(DensitySampler, "sample", broken)
+    monkeypatch.setattr(densities, "exchange_at", drawn_at)
+    monkeypatch.setattr(densities, "sequential_at", lambda *given: broken_rival())
+    tables = run(None, methods=("laplace",), repeats=0, sets=1).tables
+    exact_draws, alone, resampled, corrected = tables["nine_modes: draws"]
+    for row, reason in ((alone, "needs at least 1 rows, got 0"), (resampled, "no draw has a positive weight")):
+        assert row["remark"].startswith("failed: ValueError") and reason in row["remark"]
+        assert row["W2"].endswith("(1 of 2 seeds)")
+    assert "remark" not in exact_draws and "remark" not in corrected and "±" in corrected["W2"]
+    first, other, rival = tables["nine_modes: equal budget"]
+    assert first["remark"] == alone["remark"] and first["evaluations"] > 0
+    assert other["remark"] is None and "±" in other["W2"]
+    assert rival["remark"] == "failed: RuntimeError: chains diverged" and rival["W2"] is None
+
+
+def test_counts_are_those_of_the_seeds_that_have_them():
+    rows = [{"sets": 3, "yes": 2, "log Z off": 0.1}, {"remark": "failed: x"}]
+    assert total(rows, ["log Z off", "remark"]) == {
+        **{"sets": 3, "yes": 2, "log Z off": "0.100 (1 of 2 seeds)", "remark": "failed: x (1 of 2 seeds)"}
+    }
+
+
 @pytest.mark.slow
 def test_speed_is_told(tmp_path, capsys):
     (row,) = run(None, seeds=1, speed=True).tables["nine_modes: speed"]
@@ -200,6 +247,22 @@ def test_rows_of_several_seeds():
     keys = densities.EQUAL
     rows = [dict.fromkeys(keys) | {"W1": "0.5 ± 0.1"}, dict.fromkeys(keys) | {"W1": 0.4}]
     assert [row["W1"] for row in starred(rows)] == ["0.5 ± 0.1", "0.400 *"]
+
+
+def test_what_seeds_do_not_share_is_not_that_of_the_first():
+    rows = [
+        {"modes": "9/9", "ELBO": -1.0, "EUBO": 2.0, "W1": 0.1, "covers": None},
+        {"modes": "3/9", "ELBO": None, "EUBO": "no bound", "W1": 0.1, "covers": "yes"},
+        {"modes": "9/9", "ELBO": -3.0, "EUBO": 3.0, "W1": "not finite", "covers": "no", "KSD": 0.5},
+    ]
+    assert summary(rows) == {
+        **{"modes": "9/9, 3/9", "ELBO": "-2.000 ± 12.71 (2 of 3 seeds)", "EUBO": "no bound", "W1": "not finite"},
+        **{"covers": "1/2 (2 of 3 seeds)", "KSD": "0.500 (1 of 3 seeds)"},
+    }
+    assert summary([{"ELBO": None}, {"ELBO": None}]) == {"ELBO": None}
+    values = ("0.100 (1 of 3 seeds)", "0.2 ± 0.1 (2 of 3 seeds)", "0.5 ± 0.1", 0.6, "9/9, 3/9", None)
+    rows = [dict.fromkeys(densities.EQUAL) | {"W1": value} for value in values]
+    assert [row["W1"] for row in starred(rows)] == [*values[:2], "0.5 ± 0.1 *", *values[3:]]
 
 
 def test_published_tables_say_what_can_be_compared():

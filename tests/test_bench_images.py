@@ -11,7 +11,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from fewstep import metrics
-from fewstep.bench import images
+from fewstep.bench import densities, images
+from fewstep.bench import log as logs
 from fewstep.bench.common import Variant, within
 from fewstep.bench.log import Log
 from fewstep.bench.priors import random_prior
@@ -84,6 +85,9 @@ def test_sets_of_images():
     assert moved[MMD] > 3 * moved[ERROR] > 0 and same[MMD] < moved[MMD]
     assert set(sets.halves(truths)) == {FRECHET} and sets.halves(truths[:1]) == {}
     assert set(sets.between(truths[:4], truths[:4])) == {FRECHET}
+    single = [part[:1] for part in truths[:3]]
+    assert sets.between(single[:1], single[:1]) == {} == sets.halves(single), "one row has no covariance"
+    assert set(sets.between(single[:2], single[:2])) == {FRECHET}
 
 
 def test_distances_are_columns_and_are_resumed_from_kept_images(folder, given, tmp_path, monkeypatch):
@@ -109,6 +113,13 @@ def test_distances_are_columns_and_are_resumed_from_kept_images(folder, given, t
     assert FRECHET not in plain[0] and len(plain) == 2
     with pytest.raises(ValueError, match="do not fit the crops of sr2"):
         images.main(folder, features="any", **(given | {"crop": 62}))
+
+
+@pytest.mark.parametrize("limit", [1, 3])
+def test_sets_that_are_too_small_for_a_distance_leave_the_table(folder, given, limit):
+    ((*rows,),) = images.main(folder, features="any", limit=limit, **given).tables.values()
+    assert [row["method"] for row in rows] == ["measurement", "ddrm"]
+    assert all(row["PSNR mean"] > 5 and (FRECHET in row) == (limit > 1) for row in rows)
 
 
 def test_a_log_keeps_images_in_eight_bits(tmp_path):
@@ -229,6 +240,18 @@ def test_what_failed_or_had_no_lpips_is_run_again(folder, given, tmp_path, monke
     assert run() and not calls
     monkeypatch.setattr(images, "_lpips_sources", lambda setup: ["elsewhere", "none"])
     assert run() and len(calls) == 1
+
+
+def test_rows_of_another_version_are_not_taken_over(folder, given, tmp_path, monkeypatch):
+    run, calls = partial(images.main, folder, tmp_path / "t.json", limit=1, **given), []
+    run()
+    monkeypatch.setattr(images, "method_row", lambda *a, f=images.method_row: calls.append(1) or f(*a))
+    assert run() and not calls
+    marks = [(logs.fingerprint(given["prior"], 1), densities.mark("rings", 1))]
+    for module in (logs, densities):
+        monkeypatch.setattr(module, "library_version", lambda: "99.0")
+    marks.append((logs.fingerprint(given["prior"], 1), densities.mark("rings", 1)))
+    assert run() and len(calls) == 1 and not set(marks[0]) & set(marks[1])
 
 
 def test_antithetic_samples_have_rows_of_their_own(folder, given, tmp_path):

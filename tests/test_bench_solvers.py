@@ -1,5 +1,6 @@
 """The benchmarks of solvers at a tiny size, and what they say where that is known."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -71,6 +72,22 @@ def test_tuned_rows_are_held_against_the_best_untuned_one_and_resumed(tmp_path, 
         solvers.main(**{**given, "tuned": (3,)})
     monkeypatch.setattr(grounds.Ground, "figures", lambda *_: pytest.fail("run twice"))
     assert solvers.main(tmp_path / "s.json", **given).tables == first.tables
+
+
+def test_runs_that_failed_are_made_anew(tmp_path, monkeypatch):
+    given = {"solvers": ["ddim"], "budgets": (5,), "tuners": (), "known": 0, "guided": 0, "rejected": ()}
+    run = partial(solvers.main, tmp_path / "s.json", dims=(2,), num_samples=20, **given)
+    whole, samples = grounds.Ground.samples, []
+
+    def short_of_memory(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(grounds.Ground, "samples", short_of_memory)
+    assert not any("SW/floor" in title for title in run().tables)
+    monkeypatch.setattr(grounds.Ground, "samples", lambda *a: samples.append(1) or whole(*a))
+    assert run().tables["Mixture, 2 dimensions: SW/floor"][0]["5 calls"] > 0
+    before = len(samples)
+    assert run() and len(samples) == before, "what is finished is kept"
 
 
 def test_the_state_of_a_tuning_has_a_file_whatever_the_prior_is_called(tmp_path):

@@ -10,6 +10,7 @@ import torch
 
 from fewstep.bench import ablations, trials, unfolded
 from fewstep.bench.designs import Adapted, Design, VectorDenoiser, learn_prior
+from fewstep.bench.log import Log
 from fewstep.bench.trials import Setup, Trial
 from fewstep.compat import prepare_torchvision
 from fewstep.core.noise import Noise, Streams
@@ -63,6 +64,13 @@ def test_a_design_before_training_is_the_preset(preset):
     assert not torch.allclose(other.sampler(other.network(TINY), 3)(trial.problem, 3, seed=0).x, expected)
     with pytest.raises(ValueError, match="is trained already"):
         Design(UD2M.preset("photo"))
+
+
+def test_a_row_that_failed_is_made_anew(tmp_path):
+    trial, log = Trial.of(TINY, 2, 3, 0), Log(tmp_path / "u.jsonl", "mark")
+    assert trials.kept(log, "a", lambda: trial.row(UD2M(steps=1, start="nonsense")))["remark"].startswith("failed: ")
+    log = Log(tmp_path / "u.jsonl", "mark")
+    assert trials.kept(log, "a", lambda: {"error": 1.0}) == {"error": 1.0} == trials.kept(log, "a", dict)
 
 
 def test_the_batch_grows_and_every_step_has_its_own():

@@ -284,6 +284,35 @@ def test_a_method_that_does_not_fit_a_task_leaves_the_other_rows(sampler, monkey
     assert "gaussian" in lost["remark"] and "plain" not in lost and 0 < done["plain"] <= 1
 
 
+def test_rows_belong_to_what_was_calibrated_on_and_what_was_measured(tmp_path):
+    fitted, fresh = folders_of(tmp_path, 4, 5)
+    (fresh / "4.png").unlink()
+    given = {"methods": ["ddrm"], "steps": [2], "tasks": ["sr2"], "samples": 3, "crop": SIDE, "prior": PixelPrior()}
+    given |= {"worst": 0.5}
+    first = bench.main(fitted, fresh, tmp_path / "c.json", **given).tables
+    assert bench.main(fitted, fresh, tmp_path / "c.json", **given).tables == first
+    swapped = bench.main(fresh, fitted, tmp_path / "c.json", **given).tables
+    assert swapped == bench.main(fresh, fitted, **given).tables != first
+
+
+def test_a_row_that_failed_is_made_anew(tmp_path, monkeypatch):
+    whole = bench.simulated
+
+    def short_of_memory(*_):
+        raise RuntimeError("out of memory")
+
+    def run():
+        given = {"fitted": 0, "limit": 1, "methods": ["ddrm"], "steps": [2], "tasks": ["sr2"], "samples": 3}
+        report = bench.main(folder, folder, tmp_path / "c.json", crop=SIDE, prior=PixelPrior(), **given)
+        return report.tables["Coverage"][0]
+
+    (folder,) = folders_of(tmp_path, 1)
+    monkeypatch.setattr(bench, "simulated", short_of_memory)
+    assert run()["remark"] == "failed: RuntimeError: out of memory"
+    monkeypatch.setattr(bench, "simulated", whole)
+    assert run()["photographs"] == 1
+
+
 def folders_of(home, *counts):
     """Return folders with so many photographs each."""
     for n in counts:

@@ -254,6 +254,19 @@ def test_bench_passes_typed_options_on(fewstep, monkeypatch):
     assert "did you mean limit" in fewstep("bench", "gaussian", "--limits", "3")[2]
 
 
+def test_flags_of_a_benchmark_need_no_value(fewstep, monkeypatch):
+    seen = []
+
+    def main(folder: str, pairs: bool = False, own_noise: bool = True) -> None:
+        seen.append((folder, pairs, own_noise))
+
+    monkeypatch.setattr("fewstep.bench.gaussian.main", main)
+    for words in (("--pairs", "--folder", "x"), ("--folder", "x", "--own-noise", "no", "--pairs")):
+        assert fewstep("bench", "gaussian", *words)[0] == 0
+    assert seen == [("x", True, True), ("x", True, False)]
+    assert "pairs must be bool, got 'x'" in fewstep("bench", "gaussian", "--pairs", "x")[2]
+
+
 def test_train_prior_refuses_an_empty_folder(fewstep, tmp_path):
     code, _, err = fewstep("train-prior", tmp_path, "--out", tmp_path / "out")
     assert code == 2 and "no images" in err

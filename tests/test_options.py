@@ -76,6 +76,11 @@ def test_functions_and_words():
     for wrong in (["--names"], ["names", "a"], ["--", "a"]):
         with pytest.raises(ValueError, match="expected --name value"):
             pairs(wrong)
+    flags = ["a_b", "c"]
+    assert pairs(["--a-b", "--c", "no", "--d", "1"], flags) == {"a-b": "true", "c": "no", "d": "1"}
+    assert pairs(["--c=off", "--a-b"], flags) == {"c": "off", "a-b": "true"}
+    with pytest.raises(ValueError, match="expected --name value, got '--d'"):
+        pairs(["--c", "--d"], flags)
     assert assignments(["a=1", "b=x=y"]) == {"a": "1", "b": "x=y"}
     with pytest.raises(ValueError, match="field=value"):
         assignments(["a"])

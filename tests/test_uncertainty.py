@@ -396,3 +396,8 @@ def test_a_shelf_multiplies_what_it_says():
     assert torch.allclose(high.apply(alternating), 3 * alternating, atol=1e-3)
     with pytest.raises(ValueError, match="positive"):
         shelf(0.0, 0.1)
+
+
+def test_tarp_ranks_what_diverged_in_single_precision():
+    samples = torch.tensor([1e30, -1e25, 0.5])[:, None, None].expand(3, 1, 4)
+    assert tarp_ranks(samples, torch.ones(1, 4), torch.zeros(1, 4)).tolist() == [1]

@@ -7,7 +7,7 @@ import inspect
 import re
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,11 +115,16 @@ def _number(value: str) -> float:
     return int(number) if number.is_integer() else number
 
 
-def pairs(words: Sequence[str]) -> dict[str, str]:
-    """Return {"name": "value"} for words "--name value" or "--name=value"; ValueError for anything else."""
+def pairs(words: Sequence[str], flags: Collection[str] = ()) -> dict[str, str]:
+    """Return {"name": "value"} for words "--name value" or "--name=value"; ValueError for anything else.
+
+    One of the `flags` before another name, or at the end, is "true".
+    """
     out, rest = {}, list(words)
     while rest:
         name, sign, value = rest.pop(0).partition("=")
+        if not sign and name[2:].replace("-", "_") in flags and (not rest or rest[0].startswith("--")):
+            sign, value = "=", "true"
         if not name.startswith("--") or len(name) < 3 or (not sign and not rest):
             raise ValueError(f"expected --name value, got {name!r}")
         out[name[2:]] = value if sign else rest.pop(0)

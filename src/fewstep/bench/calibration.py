@@ -15,7 +15,7 @@ from typing import Any
 from rich.progress import track
 from torch import Tensor
 
-from fewstep.bench.common import FAILURES, Report, Variant, describe, failed, variants
+from fewstep.bench.common import FAILURES, Report, Variant, describe, failure, variants
 from fewstep.bench.images import row_mark
 from fewstep.bench.log import Log, fingerprint
 from fewstep.bench.priors import resolve_prior
@@ -23,6 +23,7 @@ from fewstep.bench.tasks import Task, named_tasks
 from fewstep.bench.trials import kept
 from fewstep.calibrated import Asked, Plan, judge, simulated
 from fewstep.core.denoiser import Denoiser
+from fewstep.core.files import files_hash
 from fewstep.data import list_images, load_pixels
 from fewstep.measurements import Family
 from fewstep.metrics import coverage
@@ -65,7 +66,7 @@ class Setup:
         try:
             return self.measured(entry, task)
         except FAILURES as error:
-            return {"remark": failed(error)}
+            return failure(error)
 
     def measured(self, entry: Variant, task: Task) -> dict[str, Any]:
         """Return the coverage of a method on a task."""
@@ -135,13 +136,12 @@ def main(  # noqa: PLR0913 - one parameter is one option
     plan = Plan(samples=(samples,), crop=crop, worst=worst, seed=seed, chunk=chunk, antithetic=antithetic)
     if fitted < 0:
         raise ValueError(f"the number of photographs of calibration must not be negative, got fitted = {fitted}")
-    before = [load_pixels(path, crop) for path in list_images(calibration)[-fitted:]] if fitted else []
-    after = [load_pixels(path, crop) for path in list_images(folder)[:limit]]
+    sources = (list_images(calibration)[-fitted:] if fitted else [], list_images(folder)[:limit])
+    before, after = ([load_pixels(path, crop) for path in paths] for paths in sources)
     if before:
         plan.check(len(before))
     setup = Setup(resolve_prior(prior), before, after, plan)
-    pixels = sum(int(x.long().sum()) for x in (*before, *after))
-    mark = fingerprint(setup.prior, replace(plan, chunk=None), len(before), len(after), pixels)
+    mark = fingerprint(setup.prior, replace(plan, chunk=None), *map(files_hash, sources))
     log = Log(None if out is None else Path(out).with_suffix(".jsonl"), mark)
     entries = list(variants(methods, steps, every_preset=False))
     tables: dict[str, list[dict[str, Any]]] = {}

@@ -30,6 +30,7 @@ from fewstep.options import assignments, typed_fields
 FORMAT = "fewstep.bench"
 WIDTH = 240  # columns of what is printed to a file
 REMARK = "remark"  # the column that stands below a table instead of in it
+FAILED = "failed"  # how the remark of a row without figures begins, which is made anew by the next run
 OWNERS = ("method", "preset", "solver", "ablation", "choice")  # columns that name a row
 # what a sampler may raise on a problem that it is not made for, or on which it diverges
 FAILURES = (ValueError, TypeError, RuntimeError, ArithmeticError, NotImplementedError)
@@ -170,6 +171,11 @@ def alternate(
 def failed(error: BaseException) -> str:
     """Return one line for a cell whose sampler refused or diverged."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def failure(error: BaseException) -> dict[str, str]:
+    """Return the row of a sampler that refused or diverged."""
+    return {REMARK: f"{FAILED}: {failed(error)}"}
 
 
 def header() -> dict[str, Any]:

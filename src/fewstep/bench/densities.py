@@ -11,12 +11,13 @@ import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 from rich.progress import track
 
-from fewstep.bench.common import Report
+from fewstep.bench.common import FAILURES, REMARK, Report, failure
 from fewstep.bench.density_figures import PUBLISHED, Sizes, Truth
 from fewstep.bench.density_published import beside
 from fewstep.bench.density_runs import METHODS, Budget, Setup, Workshop, exchange_at, sequential_at
@@ -25,11 +26,13 @@ from fewstep.bench.density_tables import EQUAL, costed, ordered, starred, summar
 from fewstep.bench.log import Log
 from fewstep.bench.trials import kept
 from fewstep.core.density import TargetDensity
+from fewstep.core.files import library_version
 from fewstep.core.noise import mix
 from fewstep.densities.base import Transport
 from fewstep.densities.draws import Draws
 from fewstep.densities.targets import target
 
+Row = Callable[[Workshop], dict[str, Any]]
 FILES = {"sonar": "sonar.csv", "ionosphere": "ionosphere.csv", "cox": "pines.csv"}
 NOTES = (
     "draws: weights of all draws of a training together; distances of the draws as they are, without weights: the mean over "
@@ -41,7 +44,8 @@ NOTES = (
     "was seen to fold; EUBO: the same over exact draws, at least log Z. low, high: 95 % interval of log Z, without an upper end "
     "where k-hat forbids one; covers: whether it holds the truth, open where it has no upper end. folds: draws at which the map has "
     "turned over, whose weights are negative; refused: draws without a valid weight. A value with ± is a mean over seeds with its "
-    "95 % interval; log Z and the ends of its interval are then means too.",
+    "95 % interval; log Z and the ends of its interval are then means too. What differs between seeds and is no number stands one "
+    "after the other; what some seeds lack says how many have it.",
     "resampled: one-step draws by their weights. then SMC: sequential Monte Carlo in the noise that the one-step map starts "
     "from; its log Z is the corrected one.",
     "coverage: how many of so many further sets of draws have an interval that holds log Z (yes), has no upper end (open) or "
@@ -171,8 +175,8 @@ def known(name: str, data: Path | None) -> TargetDensity:
 
 
 def mark(name: str, *given: Any) -> str:
-    """Return a hash of what rows of a target depend on."""
-    return hashlib.sha256(repr((name, *given)).encode()).hexdigest()[:16]
+    """Return a hash of what rows of a target depend on, the version that made them among it."""
+    return hashlib.sha256(repr((library_version(), name, *given)).encode()).hexdigest()[:16]
 
 
 class Bench:
@@ -206,11 +210,12 @@ class Bench:
         yield first | kept(self.log, "floor", self.truth.floors)
         for name in track(self.plan.methods, self.name, transient=True):
             for steps in self._steps(name):
-                yield {"method": name, "steps": steps} | self._over_seeds(f"{name} {steps}", self._row(name, steps))
+                found = self._over_seeds(f"{name} {steps}", name, self._row(name, steps))
+                yield {"method": name, "steps": steps} | found
             if self._maps(name):
-                resampled = self._over_seeds(f"{name} resampled", self._resampled(name))
+                resampled = self._over_seeds(f"{name} resampled", name, self._resampled(name))
                 yield {"method": f"{name}, resampled", "steps": 1} | resampled
-                corrected = self._over_seeds(f"{name} corrected", self._corrected(name))
+                corrected = self._over_seeds(f"{name} corrected", name, self._corrected(name))
                 yield {"method": f"{name}, then SMC", "steps": 1} | corrected
 
     def covering(self) -> Iterator[dict[str, Any]]:
@@ -222,8 +227,8 @@ class Bench:
                 continue
             for steps in self._steps(name):
                 key = f"{name} {steps} coverage {self.plan.repeats}"
-                rows = [kept(self.log, f"{key} {shop.seed}", self._counted(name, steps, shop)) for shop in self.shops]
-                yield {"method": name, "steps": steps} | total(rows, ["log Z off"])
+                counted = self._each(key, name, self._counted(name, steps))
+                yield {"method": name, "steps": steps} | total(counted, ["log Z off", REMARK])
 
     def training(self) -> Iterator[dict[str, Any]]:
         """Yield what every method has cost to train."""
@@ -241,45 +246,49 @@ class Bench:
         """Yield the one-step samplers, each followed by Monte Carlo with as many calls of the target."""
         rivals = {"replica exchange": exchange_at, "SMC": sequential_at}
         for name in filter(self._maps, self.plan.methods):
-            rows = [{"method": f"{name}, 1 step"} | self._over_seeds(f"{name} 1", self._row(name, 1))]
-            rows[0] |= summary([{"evaluations": self._budget(shop, name).evaluations} for shop in self.shops])
+            rows = [{"method": f"{name}, 1 step"} | self._over_seeds(f"{name} 1", name, self._row(name, 1))]
+            rows[0] |= summary([_tried(shop, name, partial(self._spent, name=name)) for shop in self.shops])
             for rival, sample in rivals.items():
-                rows.append({"method": rival} | self._over_seeds(f"{rival} as {name}", self._rival(name, sample)))
-            yield from starred([{key: row.get(key) for key in EQUAL} for row in rows])
+                rows.append({"method": rival} | self._over_seeds(f"{rival} as {name}", name, self._rival(name, sample)))
+            yield from starred([{key: row.get(key) for key in (*EQUAL, REMARK)} for row in rows])
 
     def timed(self) -> Iterator[dict[str, Any]]:
         """Yield the times of a sample and of an iteration, of the first seed."""
         for name in self.plan.methods:
             if METHODS[name].teacher:
-                yield {"method": name} | kept(self.log, f"{name} speed", lambda n=name: speeds(self.shops[0], n))  # type: ignore[misc]
+                timed = partial(_tried, self.shops[0], name, partial(speeds, name=name))
+                yield {"method": name} | kept(self.log, f"{name} speed", timed)
 
-    def _row(self, name: str, steps: int) -> Callable[[Workshop], dict[str, Any]]:
+    def _row(self, name: str, steps: int) -> Row:
         def row(shop: Workshop) -> dict[str, Any]:
             upper = self.truth.upper_bound(shop.trained(name).sampler, steps)
             return costed(self.truth, self._draws(shop, name, steps)) | upper
 
         return row
 
-    def _counted(self, name: str, steps: int, shop: Workshop) -> Callable[[], dict[str, int | float]]:
-        def draw(seed: int) -> Draws:
-            return shop.trained(name).sampler.sample(self.truth.sizes.most, steps, seed=mix(shop.seed, seed))
+    def _counted(self, name: str, steps: int) -> Row:
+        def row(shop: Workshop) -> dict[str, Any]:
+            def draw(seed: int) -> Draws:
+                return shop.trained(name).sampler.sample(self.truth.sizes.most, steps, seed=mix(shop.seed, seed))
 
-        return lambda: self.truth.coverage(draw, self.plan.repeats)
+            return self.truth.coverage(draw, self.plan.repeats)
 
-    def _resampled(self, name: str) -> Callable[[Workshop], dict[str, Any]]:
+        return row
+
+    def _resampled(self, name: str) -> Row:
         def row(shop: Workshop) -> dict[str, Any]:
             return self.truth.distances(self._draws(shop, name, 1).resample(seed=shop.seed).x)
 
         return row
 
-    def _corrected(self, name: str) -> Callable[[Workshop], dict[str, Any]]:
+    def _corrected(self, name: str) -> Row:
         def row(shop: Workshop) -> dict[str, Any]:
             found = self.truth.corrected(cast(Transport, shop.trained(name).sampler), shop.seed)
             return costed(self.truth, found, found.resample(seed=shop.seed))
 
         return row
 
-    def _rival(self, name: str, sample: Callable[..., Draws]) -> Callable[[Workshop], dict[str, Any]]:
+    def _rival(self, name: str, sample: Callable[..., Draws]) -> Row:
         def row(shop: Workshop) -> dict[str, Any]:
             wanted = self._budget(shop, name).evaluations
             found = sample(self.density, wanted, self.truth.sizes.measured, shop.seed)
@@ -295,6 +304,9 @@ class Bench:
     def _budget(self, shop: Workshop, name: str) -> Budget:
         return shop.trained(name).budget.drawing(self._draws(shop, name, 1))
 
+    def _spent(self, shop: Workshop, name: str) -> dict[str, Any]:
+        return {"evaluations": self._budget(shop, name).evaluations}
+
     def _maps(self, name: str) -> bool:
         return isinstance(self.shops[0].trained(name).sampler, Transport)
 
@@ -306,5 +318,18 @@ class Bench:
         known = (None, 1, max(self.plan.path_steps))
         return {key: row for key, row in rows.items() if row["steps"] in known and "," not in key}
 
-    def _over_seeds(self, key: str, row: Callable[[Workshop], dict[str, Any]]) -> dict[str, Any]:
-        return summary([kept(self.log, f"{key} {shop.seed}", lambda s=shop: row(s)) for shop in self.shops])  # type: ignore[misc]
+    def _over_seeds(self, key: str, name: str, row: Row) -> dict[str, Any]:
+        return summary(self._each(key, name, row))
+
+    def _each(self, key: str, name: str, row: Row) -> list[dict[str, Any]]:
+        """Return the row of each seed of a method."""
+        return [kept(self.log, f"{key} {shop.seed}", partial(_tried, shop, name, row)) for shop in self.shops]
+
+
+def _tried(shop: Workshop, name: str, row: Row) -> dict[str, Any]:
+    """Return a row of a method, or why its sampler gives none; a training that fails ends the run."""
+    shop.trained(name)
+    try:
+        return row(shop)
+    except FAILURES as error:
+        return failure(error)

@@ -26,6 +26,7 @@ from fewstep.densities.mcmc.hamiltonian import Hamiltonian
 from fewstep.densities.mcmc.sequential import SequentialMonteCarlo
 from fewstep.densities.whitened import whiten
 from fewstep.metrics import mode_weights, sliced_wasserstein, stein_discrepancy
+from fewstep.metrics.distances import check_sets
 from fewstep.metrics.transport import sinkhorn_divergence, wasserstein
 
 PUBLISHED = "papers' entropic W1, not converged"
@@ -36,7 +37,10 @@ _DENSE = 100  # dimensions up to which short chains see a covariance
 
 def energy(a: Tensor, b: Tensor) -> float:
     """Return 2 E|a - b| - E|a - a'| - E|b - b'| over all pairs, a row with itself too: positive, and so is its floor."""
+    check_sets(a, b, rows=1)
     a, b = a.double(), b.double()
+    centre = b.mean(0)  # distances by matrix products lose their digits far from the origin
+    a, b = a - centre, b - centre
     return 2 * _mean_distance(a, b) - _mean_distance(a, a) - _mean_distance(b, b)
 
 
@@ -212,8 +216,13 @@ class Truth:
         return {"EUBO": value if not value + 4 * error < self.known[0] else BELOW}
 
     def distances(self, x: Tensor) -> dict[str, Any]:
-        """Return the distances of x, (N, d), to exact draws; rows that are not finite are left out, as many of both."""
+        """Return the distances of x, (N, d), to exact draws; rows that are not finite are left out, as many of both.
+
+        Raises:
+            ValueError: no row is finite, or too few for a discrepancy.
+        """
         x = x[x.isfinite().all(1)].to(self.sets[0])
+        check_sets(x, self.sets[0], rows=1)
         return self.apart(x) | self.modes(x) | ({} if self.exact else self._stein(x))
 
     def apart(self, x: Tensor) -> dict[str, float | str]:

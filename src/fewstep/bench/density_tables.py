@@ -53,29 +53,41 @@ def costed(truth: Truth, draws: Draws, even: Draws | None = None) -> dict[str, A
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return one row of several: numbers as mean ± their 95 % interval (infinite where one is), "yes" as a share, or the first."""
+    """Return one row of several: numbers as mean ± their 95 % interval (infinite where one is), "yes" as a share, texts one by one.
+
+    A text beside numbers stands for all of them, and what only some rows have says how many.
+    """
     if len(rows) == 1:
         return dict(rows[0])
-    return {key: _over([row.get(key) for row in rows]) for key in rows[0]}
+    keys = dict.fromkeys(key for row in rows for key in row)
+    return {key: _over([row.get(key) for row in rows]) for key in keys}
 
 
 def total(rows: Sequence[Mapping[str, Any]], means: Sequence[str]) -> dict[str, Any]:
-    """Return one row of several: sums, and of the columns `means` what `summary` gives."""
-    over = summary([{key: row[key] for key in means} for row in rows])
-    return {key: over[key] if key in means else sum(row[key] for row in rows) for key in rows[0]}
+    """Return one row of several: sums over the rows that have a column, and of the columns `means` what `summary` gives."""
+    keys = dict.fromkeys(key for row in rows for key in row)
+    over = summary([{key: row.get(key) for key in keys if key in means} for row in rows])
+    return {key: over[key] if key in means else sum(row.get(key, 0) for row in rows) for key in keys}
 
 
 def _over(values: Sequence[Any]) -> Any:
-    if all(isinstance(value, int | float) for value in values):
-        if len(set(values)) == 1:
-            return values[0]
-        if not all(map(math.isfinite, values)):
-            return next(value for value in values if not math.isfinite(value))
-        reach = float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
-        return f"{cell(statistics.mean(values))} ± {cell(reach)}"
+    known = [value for value in values if value is not None]
+    if len(known) in (0, len(values)):
+        return _joint(known) if known else None
+    return f"{cell(_joint(known))} ({len(known)} of {len(values)} seeds)"
+
+
+def _joint(values: Sequence[Any]) -> Any:
     if all(value in ("yes", "no", "open") for value in values):
         return f"{sum(value == 'yes' for value in values)}/{len(values)}"
-    return values[0]
+    if len(set(values)) == 1:
+        return values[0]
+    if not all(isinstance(value, int | float) for value in values):
+        return ", ".join(dict.fromkeys(value for value in values if isinstance(value, str)))
+    if not all(map(math.isfinite, values)):
+        return next(value for value in values if not math.isfinite(value))
+    reach = float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
+    return f"{cell(statistics.mean(values))} ± {cell(reach)}"
 
 
 def ordered(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -103,7 +115,8 @@ def starred(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _number(value: Any) -> float | None:
+    """Return a number or the mean before its interval; None for what only some seeds have, and for texts."""
     try:
-        return None if value is None else float(str(value).split(" ")[0])
+        return float(str(value).partition(" ± ")[0]) if not str(value).endswith("seeds)") else None
     except ValueError:
         return None

@@ -29,8 +29,8 @@ ORACLE_STEPS = (1, 2, 4, 8, 16, 64)
 # prior variance, gain and noise level of the reference columns
 MODES = ((1.0, 1.0, 0.05), (1.0, 0.1, 0.05), (1.0, 0.0, 0.05), (0.04, 1.0, 0.05), (0.04, 1.0, 0.2))
 NOTES = (
-    "mean error: largest over directions, in posterior standard deviations; variance ratios: to the exact posterior variance, "
-    "smallest and largest over directions, and averaged over the measured directions and over the null space.",
+    "mean error: largest over the principal directions of the posterior, in its standard deviations; variance ratios: to the exact "
+    "posterior variance, smallest and largest over directions, and averaged over the measured directions and over the null space.",
     "law: 'exact' is computed by propagating mean and covariance through the sampler's own steps and carries no Monte-Carlo "
     "error; 'K samples' is estimated, one standard error being mean ± and ratio ±.",
     "oracle rows: DDIM on the exact E[x0 | x_t, y] (the error of few steps alone) and the exact draw of p(x0 | x_t, y).",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fewstep.bench import mixture
-from fewstep.bench.common import FAILURES, failed
+from fewstep.bench.common import FAILURES, failure
 from fewstep.bench.priors import resolve_prior
 from fewstep.core.denoiser import Denoiser
 from fewstep.core.likelihood import FlatLikelihood
@@ -71,7 +71,7 @@ class Ground:
         try:
             x = self.samples(sampler)
         except FAILURES as error:
-            return {"remark": failed(error)}
+            return failure(error)
         found: dict[str, Any] = {}
         if deterministic(sampler, self.problem):
             items = (x - self.truth).flatten(1).square().mean(1) / self.scale**2

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from rich.progress import track
 from torch import Tensor
 
-from fewstep.bench.common import FAILURES, Report, Variant, costs, describe, failed, variants
+from fewstep.bench.common import FAILURES, Report, Variant, costs, describe, failure, variants
 from fewstep.bench.log import Log, fingerprint
 from fewstep.bench.memory import PeakMemory
 from fewstep.bench.priors import resolve_prior
@@ -39,7 +39,6 @@ from fewstep.unfolded.sampler import UnfoldedSampler
 
 BASELINE = "measurement"
 CALIBRATED = "coverage calibrated"
-FAILED = "failed"
 QUALITY = (
     *("PSNR mean", "PSNR sample", "SSIM mean", "LPIPS mean", "LPIPS sample", "VGG mean", "VGG sample"),
     *("coverage", CALIBRATED),
@@ -201,7 +200,7 @@ def run_image(photo: Photo, tasks: Mapping[str, Task], entries: Sequence[Variant
     """Run whatever is not yet in the log on one image, and what failed: memory may have been short."""
     for name, task in tasks.items():
         base, keys = row_key(photo, task, None, setup), [row_key(photo, task, entry, setup) for entry in entries]
-        left = [(entry, key) for entry, key in zip(entries, keys, strict=True) if not _finished(log, key)]
+        left = [(entry, key) for entry, key in zip(entries, keys, strict=True) if not log.has(key)]
         if not left and log.has(base):
             continue
         truth = setup.truth(photo.path, task)
@@ -213,10 +212,6 @@ def run_image(photo: Photo, tasks: Mapping[str, Task], entries: Sequence[Variant
         for entry, key in left:
             found, first = method_row(entry, task, y, truth, setup, mix(setup.seed, photo.number, 1))
             log.add(key, where | describe(entry) | found, first)
-
-
-def _finished(log: Log, key: str) -> bool:
-    return log.has(key) and not str(log.row(key).get("remark", "")).startswith(FAILED)
 
 
 def row_key(photo: Photo, task: Task, entry: Variant | None, setup: Setup) -> str:
@@ -259,7 +254,7 @@ def method_row(
             )
         samples, truth = replace(samples, x=task.operator.framed(samples.x)), task.operator.framed(truth)
     except FAILURES as error:
-        return {"remark": f"{FAILED}: {failed(error)}"}, None
+        return failure(error), None
     row = measures(samples, truth, setup) | calibrated(judge(entry.sampler, setup.asked(task)), samples, truth)
     return row | {"memory MiB": memory.mebibytes}, to_unit(samples.x[0]).clamp(0, 1)
 
@@ -346,8 +341,8 @@ class Table:
             name = {"method": BASELINE, "preset": "", "steps": None} if entry is None else describe(entry)
             keys = [row_key(photo, self.task, entry, self.setup) for photo in self.photos]
             rows.append(name | _average([self.log.row(key) for key in keys]) | self._distances(keys, truths))
-        if self.sets is not None and truths is not None:
-            rows.append({"method": HALVES, "images": len(truths), **self.sets.halves(truths)})
+        if self.sets is not None and truths is not None and (halves := self.sets.halves(truths)):
+            rows.append({"method": HALVES, "images": len(truths), **halves})
         return _aligned(rows)
 
     def _distances(self, keys: Sequence[str], truths: Sequence[Tensor] | None) -> dict[str, float]:

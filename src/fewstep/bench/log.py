@@ -11,13 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.bench.common import FAILED, REMARK
 from fewstep.core.denoiser import Denoiser
+from fewstep.core.files import library_version
 from fewstep.images import load_image, save_image
 
 
 def fingerprint(prior: Denoiser, *given: Any) -> str:
-    """Return a hash of a prior's weights and of all settings that a row depends on."""
-    digest = hashlib.sha256(repr(given).encode())
+    """Return a hash of a prior's weights, of all settings that a row depends on, and of the version that made it."""
+    digest = hashlib.sha256(repr((library_version(), *given)).encode())
     digest.update(f"{type(prior).__name__} {prior.schedule!r}"[:1000].encode())
     for name, value in prior.state_dict().items():
         digest.update(name.encode() + value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
@@ -46,8 +48,8 @@ class Log:
         return self._rows[key]
 
     def has(self, key: str) -> bool:
-        """Return whether the row is there."""
-        return key in self._rows
+        """Return whether the row is there, and no failure: memory may have been short."""
+        return key in self._rows and not str(self._rows[key].get(REMARK, "")).startswith(FAILED)
 
     def image(self, key: str) -> Tensor | None:
         """Return the image of a row, (1, 3, H, W) in [0, 1] in steps of 1/255, None where it has none."""

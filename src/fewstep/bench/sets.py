@@ -35,16 +35,19 @@ class SetDistances:
         return [self.net(patches(image, PATCH)) for image in images]
 
     def between(self, samples: Sequence[Tensor], truths: Sequence[Tensor]) -> dict[str, float]:
-        """Return the columns for two sets of features, one (P, F) per image, truth i being that of sample i."""
+        """Return the columns for two sets of features, one (P, F) per image, truth i being that of sample i.
+
+        Each is left out where there is too little for it: a Frechet distance takes two rows.
+        """
         a, b = torch.cat(list(samples)), torch.cat(list(truths))
-        out = {FRECHET: frechet_distance(a, b)}
+        out = {FRECHET: frechet_distance(a, b)} if min(len(a), len(b)) > 1 else {}
         if len(samples) >= LEAST and len({len(part) for part in truths}) == 1:
             value, error = mmd(a, b, group=len(truths[0]))
             out |= {MMD: 1000 * value, ERROR: 1000 * error}
         return out
 
     def halves(self, truths: Sequence[Tensor]) -> dict[str, float]:
-        """Return the columns for every second truth against the others, different photographs; nothing for one image."""
+        """Return the columns for every second truth against the others, different photographs; nothing for too few."""
         half = len(truths) // 2
         return self.between(truths[0 : 2 * half : 2], truths[1 : 2 * half : 2]) if half else {}
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fewstep.bench.common import FAILURES, failed
+from fewstep.bench.common import FAILURES, failure
 from fewstep.bench.log import Log
 from fewstep.core.likelihood import GaussianLikelihood
 from fewstep.core.noise import Noise, mix
@@ -119,7 +119,7 @@ class Trial(NamedTuple):
             samples = sampler(self.problem, len(self.exact[0]), seed=self.seed)
             checks = self.checks(sampler) if sampler.nfe <= checked else {}
         except FAILURES as error:
-            return {"remark": failed(error)}
+            return failure(error)
         counts = {"nfe": samples.counts.network, "vjps": samples.counts.vjp}
         return self.distances(samples.x) | checks | counts | {"seconds": samples.seconds}
 

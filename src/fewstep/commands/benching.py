@@ -26,13 +26,14 @@ class BenchCommand(TyperCommand):
 
 
 def run(name: str, words: Sequence[str]) -> None:
-    """Call `fewstep.bench.<name>.main` with the options in `words`, "--name value" each.
+    """Call `fewstep.bench.<name>.main` with the options in `words`, "--name value" each; a flag needs no value.
 
     Raises:
         ValueError: there is no such benchmark, it has no such option, or it lacks one that it needs.
     """
     function = _main(name)
-    values = typed_arguments(function, pairs(words), f"benchmark {name}")
+    flags = [argument.name for argument in described_arguments(function) if argument.kind == "BOOL"]
+    values = typed_arguments(function, pairs(words, flags), f"benchmark {name}")
     empty = inspect.Parameter.empty
     missing = [
         p.name for p in inspect.signature(function).parameters.values() if p.default is empty and p.name not in values

@@ -24,7 +24,7 @@ class GaussianLaw(NamedTuple):
 class Distance(NamedTuple):
     """How far a law is from a Gaussian truth.
 
-    mean_error: largest mean error over directions, in standard deviations of the truth there.
+    mean_error: largest mean error over the principal directions of the truth, in its standard deviations there.
     low, high: smallest and largest ratio of variance to the true one over directions.
     """
 

@@ -49,8 +49,9 @@ def tarp_ranks(samples: Tensor, truth: Tensor, references: Tensor) -> Tensor:
     """Return how many samples lie nearer to the reference than the truth, (K, B, *event), (B, *event) twice -> (B,)."""
     if samples.shape[1:] != truth.shape or references.shape != truth.shape:
         raise ValueError(f"{tuple(samples.shape)}, {tuple(truth.shape)} and {tuple(references.shape)} do not fit")
-    far = torch.linalg.vector_norm((samples - references).flatten(2), dim=2)
-    return sbc_ranks(far, torch.linalg.vector_norm((truth - references).flatten(1), dim=1))
+    # in double precision: the squares of what diverged overflow before it does
+    far = torch.linalg.vector_norm((samples - references).flatten(2), dim=2, dtype=torch.float64)
+    return sbc_ranks(far, torch.linalg.vector_norm((truth - references).flatten(1), dim=1, dtype=torch.float64))
 
 
 def tarp_references(likelihood: Likelihood, seed: int = 0, rho: float = 3.0) -> Tensor:
