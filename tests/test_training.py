@@ -135,6 +135,7 @@ def test_bad_images_are_named(tmp_path):
         list_images(tmp_path / "nowhere")
     (tmp_path / "b.png").write_bytes(b"no image")
     Image.fromarray(np.zeros((4, 5), np.uint8)).save(tmp_path / "a.jpg")
+    (tmp_path / "._a.jpg").touch()
     assert [p.name for p in list_images(tmp_path)] == ["a.jpg", "b.png"]
     assert load_pixels(tmp_path / "a.jpg").shape == (3, 4, 5)
     Image.fromarray(np.full((4, 5), 40_000, np.uint16)).save(tmp_path / "deep.png")
