@@ -157,7 +157,11 @@ def _check_file(path: Path) -> None:
 
 
 def _decoded(path: Path) -> tuple[Image.Image, Image.Image, int, bool]:
-    """Return the first picture of a file, the same upright, how many there are, and whether it lay; ValueError where it is damaged."""
+    """Return the first picture of a file, the same upright, how many there are, and whether it lay on its side.
+
+    Raises:
+        ValueError: Pillow cannot read it.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
