@@ -66,6 +66,7 @@ class _Blur(Operator):
     A photograph's scene does go on. Taken for circular, it rings at the border; simulations are circular, which has a closed form.
     """
 
+    easier: ClassVar[str] = "a larger --sigma or --boundary circular"
     boundary: str = option(
         AUTO, "circular, or valid where the scene goes on beyond the frame: that of a photograph, slower"
     )
@@ -329,6 +330,7 @@ class Jpeg(Operator):
     summary: ClassVar[str] = "JPEG compression; a file's own tables are read from it"
     noise: ClassVar[str] = "none"
     suited: ClassVar[tuple[str, str] | None] = ("diffpir", "jpeg")
+    easier: ClassVar[str] = "a larger --step-std"
     quality: int = option(10, "quality at which images are encoded; not used for a file, which holds its tables")
     subsampling: str = option("4:2:0", "chroma sub-sampling: 4:4:4, 4:2:2 or 4:2:0; not used for a file")
     step_std: float = option(0.2, "standard deviation of the error in steps, taken for Gaussian; 0: exact intervals")

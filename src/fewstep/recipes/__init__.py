@@ -120,9 +120,12 @@ def train(
     `steps` replaces the recipe's number of steps; `resume` continues from the last checkpoint in `out`.
 
     Raises:
-        ValueError: the recipe, the images or the checkpoint cannot be used.
+        ValueError: the recipe, the images, the checkpoint or the folder cannot be used.
         KeyboardInterrupt: the training was told to stop; a checkpoint was written first.
     """
+    from fewstep.core.files import check_target
+
+    check_target(Path(out) / "log.jsonl")
     return read_recipe(recipe).trainer(data, out, steps).run_whole(resume)
 
 
