@@ -365,7 +365,7 @@ def _unconverged() -> Iterator[list[str]]:
                 show(message, category, *place, **options)
 
         warnings.simplefilter("always", Unconverged)
-        warnings.showwarning = take  # type: ignore[assignment]
+        warnings.showwarning = take
         yield found
 
 
