@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import math
 import os
 import re
 import shutil
@@ -226,6 +227,12 @@ def test_fit_writes_a_sampler_and_its_card(folders):
     assert len((folders / "teacher" / "log.jsonl").read_text().splitlines()) == 1
 
 
+def test_what_too_few_draws_do_not_tell_is_said(density, folders):
+    told = {n: density("sample", folders / "student", "--num", n)[1] for n in ("1", "24", "30")}
+    assert told["1"].count("too few draws to tell") == 2 and told["24"].count("too few draws to tell") == 1
+    assert "too few" not in told["30"] and not any("nan" in out or "-inf" in out for out in told.values())
+
+
 def test_the_card_says_what_works(folders):
     card = (folders / "student" / "README.md").read_text()
     code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1].replace(
@@ -416,6 +423,18 @@ def test_a_box_and_a_score_are_options(tmp_path, monkeypatch):
     assert found.density.support == (-1.0, 2.0) and found.density.log_z == 3.2958
     assert found.density.own_score is not None and found.record["path"] == "boxed:flat"
     assert len(found.record["sha256"]) == 64
+
+
+def test_a_box_may_bound_single_coordinates(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    own(tmp_path, "def fall(x):\n    return -x.abs().sum(-1)\n", "halved.py")
+    found = find("halved:fall", {"dim": "3", "low": "0,none,-1", "high": "None,2,inf"})
+    names = {"fewstep": library, **vars(sys.modules["halved"])}
+    exec(found.code, names)
+    for made in (found.density, names["target"]):
+        assert [end.tolist() for end in made.support] == [[0.0, -math.inf, -1.0], [math.inf, 2.0, math.inf]]
+    with pytest.raises(ValueError, match="must be numbers or 3 of them"):
+        find("halved:fall", {"dim": "3", "low": "0,none"})
 
 
 def test_the_line_of_a_card_makes_the_same_density(tmp_path, monkeypatch):

@@ -11,10 +11,12 @@ import torch
 import fewstep
 from fewstep.core.likelihood import FlatLikelihood
 from fewstep.operators.words import get_operator, operators
+from fewstep.recipes import read_recipe
 from fewstep.testing.law import distance
 from fewstep.testing.oracle import ExactMean
 from fewstep.testing.problems import gaussian_problem
 from fewstep.testing.propagate import finite_step_law
+from pictures import write_png
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -97,6 +99,18 @@ class Trained(torch.nn.Module):
 
     def forward(self, x, sigma):
         return self.layer(x) / (1 + sigma.reshape(-1, 1, 1, 1))
+
+
+def test_the_recipe_of_the_ud2m_page_can_be_trained(tmp_path):
+    page = (DOCS / "ud2m.md").read_text(encoding="utf-8")
+    (tmp_path / "mine.yaml").write_text(re.search(r"```yaml\n(.*?)```", page, re.DOTALL)[1])
+    (tmp_path / "photos").mkdir()
+    for k in range(10):
+        write_png(tmp_path / "photos", f"{k}.png", height=64, width=64, seed=k)
+    recipe = read_recipe(tmp_path / "mine.yaml")
+    trainer = recipe.trainer(tmp_path / "photos", tmp_path / "out", 2)
+    assert recipe.init == "natural-general" and trainer.options.steps == 2
+    assert trainer.data.batch(0, range(2))["x0"].shape == (2, 3, 64, 64)
 
 
 def test_the_python_of_the_sampling_page_runs(tmp_path, monkeypatch):

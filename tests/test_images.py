@@ -114,8 +114,11 @@ def test_what_is_left_of_a_file_is_told(tmp_path):
     (tmp_path / "deep.png").write_bytes(deep_png())
     photo = read_photo(tmp_path / "deep.png")
     assert "its 16 bits per channel were read as 8" in photo.notes and float(photo.x.max()) == 1
-    frames[1].save(tmp_path / "plain.png")
-    assert read_photo(tmp_path / "plain.png").notes == ()
+    (tmp_path / "deep.tiff").write_bytes(deep_tiff())
+    assert read_photo(tmp_path / "deep.tiff").notes == ("its 16 bits per channel were read as 8",)
+    for name in ("plain.png", "plain.tiff"):
+        frames[1].save(tmp_path / name)
+        assert read_photo(tmp_path / name).notes == ()
 
 
 def deep_png():
@@ -127,6 +130,16 @@ def deep_png():
     rows = b"".join(b"\0" + b"\xff" * 12 for _ in range(2))
     parts = [(b"IHDR", struct.pack(">IIBBBBB", 2, 2, 16, 2, 0, 0, 0)), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+
+
+def deep_tiff():
+    """Return a white TIFF of 2 x 2 pixels with 16 bits in each of three channels, which Pillow does not write."""
+    pixels, tags = b"\xff" * 24, [(256, 2), (257, 2), (259, 1), (262, 2), (273, 8), (277, 3), (278, 2), (279, 24)]
+    depths = struct.pack("<HHII", 258, 3, 3, 8 + len(pixels))
+    entries = sorted([depths, *(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)], key=lambda e: e[0])
+    directory = struct.pack("<H", len(entries)) + b"".join(entries) + struct.pack("<I", 0)
+    data = pixels + struct.pack("<HHH", 16, 16, 16)
+    return b"II*\0" + struct.pack("<I", 8 + len(data)) + data + directory
 
 
 def test_cmyk_becomes_colour(tmp_path):
@@ -143,8 +156,22 @@ def test_exif_orientation_is_applied(tmp_path):
     assert read_photo(stored(image, tmp_path / "p.jpg")).jpeg
 
 
+def test_a_tiff_that_lies_on_its_side_is_turned_and_the_note_says_so(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo = read_photo(stored(Image.fromarray(pixels()), tmp_path / "r.tiff", exif=exif))
+    assert torch.equal(photo.x[0].permute(1, 2, 0) * 255, torch.from_numpy(np.rot90(pixels(), -1).copy()).float())
+    assert photo.notes == ("turned upright as its EXIF orientation says",)
+
+
+def test_grey_arrays_have_the_note_of_grey_files(tmp_path):
+    np.save(tmp_path / "g.npy", np.full((4, 4), 0.5, np.float32))
+    Image.fromarray(np.full((4, 4), 128, np.uint8)).save(tmp_path / "g.png")
+    assert read_photo(tmp_path / "g.npy").notes == read_photo(tmp_path / "g.png").notes != ()
+
+
 def test_exact_measurements(tmp_path):
-    y = torch.randn(3, 5, 6)
+    y = torch.randn(3, 500, 600, generator=torch.Generator().manual_seed(0))  # noise of sigma one on black
     np.save(tmp_path / "y.npy", y.permute(1, 2, 0).numpy())
     save_file({"y": y[None]}, tmp_path / "y.safetensors")
     for name in ("y.npy", "y.safetensors"):
@@ -161,6 +188,8 @@ def bad_inputs(tmp_path):
     np.save(tmp_path / "shape.npy", np.zeros((4, 4, 2), np.float32))
     np.save(tmp_path / "text.npy", np.array(["a"]))
     np.save(tmp_path / "units.npy", np.full((4, 4), 130.0, np.float32))
+    np.save(tmp_path / "dark.npy", np.where(np.arange(64).reshape(8, 8) == 9, 255.0, 0.0).astype(np.float32))
+    np.save(tmp_path / "first.npy", np.zeros((3, 4, 5), np.float32))
     np.save(tmp_path / "int64.npy", np.full((4, 4), 130))
     save_file({"y": torch.full((3, 4, 4), 130, dtype=torch.int32)}, tmp_path / "int32.safetensors")
     Image.fromarray(np.full((4, 4), np.nan, np.float32)).save(tmp_path / "nan.tiff")
@@ -176,6 +205,8 @@ def bad_inputs(tmp_path):
         "shape.npy": "channels|expected",
         "text.npy": "expected floats",
         "units.npy": r"values around 130, expected \[0, 1\]",
+        "dark.npy": r"values from 0 to 255, expected \[0, 1\]",
+        "first.npy": r"shape \(3, 4, 5\), expected .* \(H, W, 3\)",
         "int64.npy": "int64",
         "int32.safetensors": "int32",
         "nan.tiff": "NaN",
@@ -243,7 +274,7 @@ def test_folder_listing(tmp_path):
     with pytest.raises(ValueError, match="no images"):
         list_photos(tmp_path)
     write_png(tmp_path, "b.png"), write_png(tmp_path, "a.png")
-    (tmp_path / "notes.txt").touch()
+    (tmp_path / "notes.txt").touch(), (tmp_path / "._a.png").touch()
     assert [p.name for p in list_photos(tmp_path)] == ["a.png", "b.png"]
     with pytest.raises(ValueError, match="nofolder is not a folder"):
         list_photos(tmp_path / "nofolder")

@@ -202,6 +202,29 @@ def test_a_hub_repository_loads_like_a_folder(monkeypatch, tmp_path):
     assert isinstance(load_prior("owner/name"), DiffusersDenoiser)
 
 
+class Blind(torch.nn.Module):
+    """A denoiser that is told no noise level."""
+
+    def forward(self, x):
+        return x
+
+
+class Flattening(torch.nn.Module):
+    """A network that loses the channels."""
+
+    def forward(self, x, sigma):
+        return x.mean(1)
+
+
+def test_a_network_that_is_no_denoiser_of_the_kind_is_told_in_one_line():
+    with pytest.raises(ValueError, match=r"Blind must take images and their noise level, model\(x, sigma\)"):
+        load_prior(Blind())
+    with pytest.raises(ValueError, match=r"Flattening made \(3, 4, 4\) of images \(3, 3, 4, 4\)"):
+        load_prior(Flattening())(torch.zeros(3, 3, 4, 4), torch.tensor(0.5))  # three items: it would be broadcast
+    scripted = load_prior(torch.jit.trace(ExactDeepinv(), (torch.zeros(1, 3, 4, 4), torch.ones(1))))
+    assert scripted(torch.zeros(2, 3, 4, 4), torch.tensor(0.5)).shape == (2, 3, 4, 4)
+
+
 class ExactDeepinv(torch.nn.Module):
     """E[x | x + sigma z] in [0, 1] units for x ~ N(1/2, VAR / 4): the same images as N(0, VAR) in [-1, 1]."""
 

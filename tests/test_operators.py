@@ -241,10 +241,11 @@ def test_kernel_files(tmp_path):
     cell = np.empty((1, 2), dtype=object)
     cell[0, 0], cell[0, 1] = truth.astype(float), truth[::-1].astype(float)
     savemat(tmp_path / "k.mat", {"kernels": cell})
+    savemat(tmp_path / "cube.mat", {"kernels": np.stack([truth, truth[::-1]], -1)})
     want = torch.tensor(truth / truth.sum(dtype=float))
     for name, index, kernel in (
         ("k.png", 0, want), ("k.npy", 0, want), ("stack.npy", 1, want.flip(0)), ("k.mat", 0, want),
-        ("k.mat", 1, want.flip(0)),
+        ("k.mat", 1, want.flip(0)), ("cube.mat", 0, want), ("cube.mat", 1, want.flip(0)),
     ):  # fmt: skip
         assert torch.allclose(kernels.load_kernel(tmp_path / name, index)[0, 0], kernel)
 
@@ -301,6 +302,10 @@ def test_a_flat_image_has_the_noise_of_rounding():
         (lambda t: words.Inpaint(mask=str(t / "mask.png")).build((3, 9, 8)), "is 8 x 8, the image is 9 x 8"),
         (lambda t: words.Inpaint().build((3, 8, 8)), "needs a mask file"),
         (lambda t: words.Inpaint(mask=str(t / "black.png")).build((3, 8, 8)), "every pixel as missing"),
+        (lambda t: words.Inpaint(mask=str(t / "mask.png")).build((3, 8, 8)), "no pixel as missing"),
+        (lambda t: words.Inpaint(mask=str(t / "clear.png")).build((3, 8, 8)), "transparent or coloured: paint it"),
+        (lambda t: words.Inpaint(mask=str(t / "grey-clear.png")).build((3, 8, 8)), "transparent or coloured"),
+        (lambda t: words.Inpaint(mask=str(t / "colour.png")).build((3, 8, 8)), "transparent or coloured"),
         (lambda t: words.Deblur().build((3, 8, 8)), "needs a kernel file"),
         (lambda t: words.Deblur(kernel=str(t / "no.png")).build((3, 8, 8)), "no such file"),
         (lambda t: words.Deblur(kernel=str(t / "k.txt")).build((3, 8, 8)), "is read from"),
@@ -327,12 +332,26 @@ def test_a_flat_image_has_the_noise_of_rounding():
 def test_bad_input_is_named_in_one_line(call, message, tmp_path):
     Image.fromarray(np.full((8, 8), 255, np.uint8)).save(tmp_path / "mask.png")
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "black.png")
+    half = Image.fromarray(np.repeat(np.array([[0, 255]], np.uint8), 8, 0).repeat(4, 1))
+    white = Image.new("L", (8, 8), 255)
+    Image.merge("RGBA", [white, white, white, half]).save(tmp_path / "clear.png")
+    Image.merge("LA", [white, half]).save(tmp_path / "grey-clear.png")
+    Image.merge("RGB", [half, white, half]).save(tmp_path / "colour.png")
     (tmp_path / "k.txt").write_text("1")
     for name, value in {"k": 1.0, "nan": np.nan, "zero": 0.0, "minus": -1.0}.items():
         np.save(tmp_path / f"{name}.npy", np.full((3, 3), value))
     with pytest.raises(ValueError, match=message) as error:
         call(tmp_path)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"])
+def test_masks_are_read_from_black_and_white_images_of_every_kind(tmp_path, mode):
+    known = torch.arange(64).reshape(8, 8) % 3 != 1
+    image, path = Image.fromarray(known.numpy().astype(np.uint8) * 255), tmp_path / "mask.tiff"
+    deep = Image.fromarray(known.numpy().astype(np.uint16) * 65535)
+    (deep if mode == "I;16" else image.convert("RGB").convert(mode)).save(path)
+    assert torch.equal(words.Inpaint(mask=str(path)).build((3, 8, 8)).mask[0, 0] > 0, known)
 
 
 def test_masks_and_kernels_that_are_too_large_or_damaged_are_refused(tmp_path, monkeypatch):

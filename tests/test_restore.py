@@ -10,6 +10,7 @@ import os
 import re
 import shlex
 import signal
+from functools import partialmethod
 from pathlib import Path
 
 import numpy as np
@@ -192,6 +193,33 @@ def test_the_scene_of_a_photograph_goes_on_beyond_its_frame(tmp_path):
     record = json.loads((tmp_path / "auto" / "out" / "result.json").read_text())
     assert record["operator"]["description"] == "deblur-uniform (boundary valid, size 9)"
     assert Samples.load(tmp_path / "auto" / "out").x.shape == (3, 1, 3, 40, 60)  # the scene that was inferred
+
+
+def test_a_solver_that_stops_too_early_is_told_once_and_in_plain_words(tmp_path, monkeypatch, recwarn):
+    photo, likelihood = write_png(tmp_path), words.DeblurUniform.likelihood
+    blur = {"operator": "deblur-uniform", "operator_fields": {"size": 3}}
+    assert run(photo, tmp_path, **blur).record["notes"] == []
+    monkeypatch.setattr(words.DeblurUniform, "likelihood", partialmethod(likelihood, max_iter=2))
+    notes = run(photo, tmp_path, **blur).record["notes"]
+    assert len(notes) == 1 and "a solver stopped before it converged" in notes[0]
+    assert "a larger --sigma or --boundary circular helps" in notes[0]
+    assert not [w for w in recwarn if "conjugate gradients" in str(w.message)]
+
+
+def test_a_file_in_the_place_of_the_folder_is_told_before_any_work(tmp_path):
+    photo = write_png(tmp_path)
+    for out in (photo, photo / "deeper"):
+        with pytest.raises(ValueError, match=f"cannot be written: {re.escape(str(photo))} is a file"):
+            restore(photo, out, settings())
+        with pytest.raises(ValueError, match=f"cannot be written: {re.escape(str(photo))} is a file"):
+            restore_folder(tmp_path, out, settings())
+
+
+def test_a_jpeg_of_four_colours_is_refused_with_a_way_out(tmp_path):
+    Image.fromarray(pixels()).convert("CMYK").save(tmp_path / "c.jpg")
+    with pytest.raises(ValueError, match=r"only grey and YCbCr files are read; another --operator, denoise say"):
+        run(tmp_path / "c.jpg", tmp_path, operator=None, sigma=None)
+    assert run(tmp_path / "c.jpg", tmp_path).record["num_samples"] == 3
 
 
 def test_without_operator_the_choices_are_named(tmp_path):

@@ -135,6 +135,7 @@ def test_bad_images_are_named(tmp_path):
         list_images(tmp_path / "nowhere")
     (tmp_path / "b.png").write_bytes(b"no image")
     Image.fromarray(np.zeros((4, 5), np.uint8)).save(tmp_path / "a.jpg")
+    (tmp_path / "._a.jpg").touch()
     assert [p.name for p in list_images(tmp_path)] == ["a.jpg", "b.png"]
     assert load_pixels(tmp_path / "a.jpg").shape == (3, 4, 5)
     Image.fromarray(np.full((4, 5), 40_000, np.uint16)).save(tmp_path / "deep.png")
@@ -567,6 +568,7 @@ def test_train_prior_ends_with_a_prior_that_loads(tmp_path):
         ("widths", "width", "did you mean 'widths'"),
         ("warmup", "warm_up", "did you mean 'warmup'"),
         ("median", "zzz", "known keys"),
+        ("holdout: 1", "families: []", r"kind prior\): unknown key 'families'; known keys: kind, holdout"),
         ("holdout: 1", "", "lacks holdout"),
         ("holdout: 1", "holdout: 3", "there are 3 images"),
         ("holdout: 1", "holdout: one", "holdout is 'one'"),

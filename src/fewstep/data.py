@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.images import read_photo
+from fewstep.images import read_photo, visible
 
 T = TypeVar("T")
 SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -19,7 +19,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png")
 
 def list_images(folder: str | Path) -> list[Path]:
     """Return the jpg and png files of `folder` in sorted order; ValueError where there are none."""
-    paths = sorted(p for p in Path(folder).iterdir() if p.suffix.lower() in SUFFIXES) if Path(folder).is_dir() else []
+    paths = sorted(visible(folder, SUFFIXES)) if Path(folder).is_dir() else []
     if not paths:
         raise ValueError(f"no images ({', '.join(SUFFIXES)}) in {folder}")
     return paths

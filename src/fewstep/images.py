@@ -11,6 +11,7 @@ import logging
 import struct
 import warnings
 import zlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,9 @@ DAMAGE = (  # what Pillow raises on files that are damaged, cut short or no imag
     *(OSError, EOFError, SyntaxError, struct.error, zlib.error, LookupError, ArithmeticError),
     *(TypeError, ValueError, AttributeError, RuntimeError, AssertionError),
 )
+_GREY_NOTE = "grey: restored as the luma of a colour image; every output is grey"
+_FURTHEST = (-8.0, 9.0)  # no noise of a standard deviation up to 1 carries a pixel of [0, 1] beyond these
+_BITS_PER_SAMPLE = 258  # a tag of TIFF files
 TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
@@ -77,6 +81,27 @@ def read_photo(path: str | Path) -> Photo:
     return _from_pil(*_decoded(path), path)
 
 
+def read_mask(path: str | Path) -> Tensor:
+    """Return which pixels a black and white image marks as known, (H, W) bool: the white ones.
+
+    Raises:
+        ValueError: it cannot be read, or marks pixels by transparency or by colour.
+    """
+    try:
+        with Image.open(path) as image:
+            clear = image.mode in _ALPHA or "transparency" in image.info
+            layers = torch.from_numpy(np.array(image.convert("L" if image.mode in _GREY and not clear else "RGBA")))
+    except (*DAMAGE, *TOO_LARGE) as error:
+        raise ValueError(f"{path} cannot be read as a mask ({error})") from None
+    layers = layers if layers.ndim == 3 else layers[..., None].expand(-1, -1, 3)
+    known = layers[..., :3] >= 128
+    if bool((layers[..., 3:] < 255).any()) or not bool((known == known[..., :1]).all()):
+        raise ValueError(
+            f"the mask {path} is transparent or coloured: paint it opaque, white is known, black is missing"
+        )
+    return known[..., 0]
+
+
 def save_image(x: Tensor, path: str | Path, *, grey: bool = False, profile: bytes | None = None) -> None:
     """Write an image as an 8-bit PNG, atomically; values are rounded and clipped to [0, 1].
 
@@ -111,10 +136,15 @@ def list_photos(folder: str | Path) -> list[Path]:
     """Return the image files of a folder in sorted order; ValueError where there are none."""
     if not Path(folder).is_dir():
         raise ValueError(f"{folder} is not a folder")
-    paths = sorted(p for p in Path(folder).iterdir() if p.is_file() and p.suffix.lower() in SUFFIXES)
+    paths = sorted(p for p in visible(folder, SUFFIXES) if p.is_file())
     if not paths:
         raise ValueError(f"no images ({', '.join(SUFFIXES)}) in {folder}")
     return paths
+
+
+def visible(folder: str | Path, suffixes: Sequence[str]) -> Iterator[Path]:
+    """Return what lies in a folder under names of these endings, but what is hidden: macOS writes "._x.png" beside x.png."""
+    return (p for p in Path(folder).iterdir() if p.suffix.lower() in suffixes and not p.name.startswith("."))
 
 
 def _check_file(path: Path) -> None:
@@ -126,15 +156,20 @@ def _check_file(path: Path) -> None:
         raise ValueError(f"{path} is empty")
 
 
-def _decoded(path: Path) -> tuple[Image.Image, Image.Image, int]:
-    """Return the first picture of a file, the same upright, and how many there are; ValueError where Pillow cannot."""
+def _decoded(path: Path) -> tuple[Image.Image, Image.Image, int, bool]:
+    """Return the first picture of a file, the same upright, how many there are, and whether it lay on its side.
+
+    Raises:
+        ValueError: Pillow cannot read it.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:
                 count = getattr(image, "n_frames", 1)  # before the pixels: it may walk through the file
+                lay = orientation_of(image) != 1  # before the pixels: Pillow turns those of TIFF files itself
                 image.load()
-                return image, ImageOps.exif_transpose(image), count
+                return image, ImageOps.exif_transpose(image), count, lay
     except UnidentifiedImageError:
         raise ValueError(f"{path} is not an image that can be read") from None
     except TOO_LARGE as error:
@@ -143,32 +178,36 @@ def _decoded(path: Path) -> tuple[Image.Image, Image.Image, int]:
         raise ValueError(f"{path} is damaged or truncated ({' '.join(str(error).split())})") from None
 
 
-def _from_pil(image: Image.Image, upright: Image.Image, count: int, path: Path) -> Photo:
+def _from_pil(image: Image.Image, upright: Image.Image, count: int, lay: bool, path: Path) -> Photo:
     jpeg, grey, notes = image.format in {"JPEG", "MPO"}, image.mode in _GREY, []
     if image.format == "TIFF" and image.mode == "I":
         raise ValueError(
             f"{path} holds integers of 32 bits or with a sign, whose white is unknown; store 16 bits or floats"
         )
     clear = image.mode in _ALPHA or "transparency" in image.info
-    if orientation_of(image) != 1:
+    if lay:
         notes.append("turned upright as its EXIF orientation says")
     if clear:
         notes.append("transparency was composited on white")
     if grey:
-        notes.append("grey: restored as the luma of a colour image; every output is grey")
+        notes.append(_GREY_NOTE)
     elif image.mode != "RGB" and not clear:
         notes.append(f"converted from {image.mode} to RGB")
-    if not grey and _deep_png(path):
+    if not grey and _is_deep(image, path):
         notes.append("its 16 bits per channel were read as 8")
     if count > 1 and image.format != "MPO":
         notes.append(f"the first of its {count} pictures was taken")
     profile = _profile(image, grey)
     if image.info.get("icc_profile") and profile is None:
         notes.append(f"its colour profile was not kept: it is none of {'grey' if grey else 'RGB'} images")
-    for note in notes:
-        logger.info("%s: %s", path, note)
+    _log(path, notes)
     pixels = torch.from_numpy(_to_array(upright, path)).permute(2, 0, 1)[None]
     return Photo(pixels.expand(1, 3, -1, -1).contiguous(), path, grey, jpeg, tuple(notes), profile)
+
+
+def _log(path: Path, notes: Iterable[str]) -> None:
+    for note in notes:
+        logger.info("%s: %s", path, note)
 
 
 def _profile(image: Image.Image, grey: bool) -> bytes | None:
@@ -184,8 +223,10 @@ def orientation_of(image: Image.Image) -> int:
     return int(found) if found in range(1, 9) else 1
 
 
-def _deep_png(path: Path) -> bool:
-    """Return whether a file is a PNG of 16 bits per channel, of which Pillow keeps eight where it has colours."""
+def _is_deep(image: Image.Image, path: Path) -> bool:
+    """Return whether a file is a PNG or TIFF of 16 bits per channel, of which Pillow keeps eight where it has colours."""
+    if image.format == "TIFF":
+        return max(getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE, (8,))) > 8
     with path.open("rb") as file:
         head = file.read(25)
     return head.startswith(b"\x89PNG") and head[24:] == bytes([16])
@@ -227,7 +268,13 @@ def _read_array(path: Path) -> Photo:
         raise ValueError(f"{path} holds NaN or infinite values")
     if not -1 < float(x.median()) < 2:  # noise may carry single values out, half of them are in other units
         raise ValueError(f"{path} holds values around {float(x.median()):.3g}, expected [0, 1]; rescale it")
-    return Photo(x.expand(1, 3, -1, -1).contiguous(), path, grey=x.shape[1] == 1)
+    low, high = (float(end) for end in x.aminmax())
+    if low < _FURTHEST[0] or high > _FURTHEST[1]:  # a picture in other units that is mostly dark
+        raise ValueError(f"{path} holds values from {low:.3g} to {high:.3g}, expected [0, 1]; rescale it")
+    grey = x.shape[1] == 1
+    notes = (_GREY_NOTE,) if grey else ()
+    _log(path, notes)
+    return Photo(x.expand(1, 3, -1, -1).contiguous(), path, grey, notes=notes)
 
 
 def _load_npy(path: Path) -> Tensor:
@@ -235,7 +282,8 @@ def _load_npy(path: Path) -> Tensor:
         array = np.load(path, allow_pickle=False)
     except ValueError as error:
         raise ValueError(f"{path} is no array that can be read ({error})") from None
-    if (array.dtype.kind != "f" and array.dtype not in (np.uint8, np.uint16)) or array.ndim not in (2, 3):
+    shaped = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (1, 3))
+    if (array.dtype.kind != "f" and array.dtype not in (np.uint8, np.uint16)) or not shaped:
         raise ValueError(
             f"{path} holds {array.dtype} of shape {array.shape}, expected floats in [0, 1], uint8 or uint16, (H, W) or (H, W, 3)"
         )

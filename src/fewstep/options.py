@@ -144,13 +144,22 @@ def _typed(names: Mapping[str, str], hints: Mapping[str, Any], values: Mapping[s
 def _convert(value: Any, hint: Any, where: str) -> Any:
     if not isinstance(value, str):
         return value
+    try:
+        return _read(value, hint)
+    except ValueError:
+        pass
+    wanted = " or ".join(getattr(kind, "__name__", str(kind)) for kind in _alternatives(hint))
+    raise ValueError(f"{where} must be {wanted}, got {value!r}")
+
+
+def _read(value: str, hint: Any) -> Any:
+    """Return `value` as the first member of a union that it can be; ValueError where it can be none."""
     for kind in _alternatives(hint):
         try:
             return _parse(value, kind)
         except (ValueError, TypeError):
             continue
-    wanted = " or ".join(getattr(kind, "__name__", str(kind)) for kind in _alternatives(hint))
-    raise ValueError(f"{where} must be {wanted}, got {value!r}")
+    raise ValueError(value)
 
 
 def _alternatives(hint: Any) -> list[Any]:
@@ -177,7 +186,7 @@ def _parse(value: str, kind: Any) -> Any:
     if origin in _LISTS:
         parts = [part.strip() for part in value.split(",") if part.strip()]
         kinds = inner * len(parts) if len(inner) == 1 else inner
-        return tuple(_parse(part, k) for part, k in zip(parts, kinds, strict=True))
+        return tuple(_read(part, k) for part, k in zip(parts, kinds, strict=True))
     if kind is type(None):
         return _choice(value.lower(), {"none": None, "null": None})
     if kind is bool:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,8 @@ from torch import Tensor
 
 from fewstep.calibrated import Asked, Verdict, judge
 from fewstep.core.denoiser import Denoiser
-from fewstep.core.files import write_bytes
+from fewstep.core.files import check_target, write_bytes
+from fewstep.core.linalg import Unconverged
 from fewstep.core.problem import Posterior
 from fewstep.core.sampler import Sampler, settings
 from fewstep.core.signals import stop_signals
@@ -95,6 +98,7 @@ def restore(
         FloatingPointError: the run diverged.
         OSError: the folder cannot be written.
     """
+    check_target(Path(out) / RESULT)
     chosen = chosen or Settings()
     photo = read_photo(path)
     chosen = settled(chosen, word_of(photo, chosen))
@@ -130,6 +134,7 @@ def restore_folder(
         progress: called after every step.
         share: (rank, processes): every process takes each `processes`-th image, starting with its rank.
     """
+    check_target(Path(out) / RESULT)
     if chosen.method:  # an unknown method, operator or field fails once, not for every image
         build_sampler(chosen)
     if chosen.operator is not None:
@@ -166,6 +171,7 @@ class _Run:
         self.problem, self.progress = problem, progress
         self.scores = Truth(task.truth, chosen.lpips_weights)
         self.sample: Tensor | None = None  # the first one, for the report
+        self.notes: tuple[str, ...] = task.notes
         self.begin = time.perf_counter()
 
     def result(self) -> Result:
@@ -173,10 +179,14 @@ class _Run:
         shape, interrupted = (1, *self.task.likelihood.event_shape), False
         dtype = torch.float16 if self.chosen.samples * math.prod(shape) > _HALF else torch.float32
         with SampleStore(self.folder, shape, dtype) as store:
-            try:
-                self._draw(store)
-            except KeyboardInterrupt:
-                interrupted = True
+            with _unconverged() as stopped_short:
+                try:
+                    self._draw(store)
+                except KeyboardInterrupt:
+                    interrupted = True
+            if stopped_short:
+                told = "a solver stopped before it converged, so that samples keep to the measurement less closely than asked"
+                self.notes += (f"{told}; {self.task.word.easier} helps",)
             with stop_signals() as stopped:  # what is drawn is summarised in any case
                 verdict = self._verdict(store.count)
                 calibration = verdict.calibration if verdict else None
@@ -278,7 +288,7 @@ class _Run:
             "level": chosen.level,
             **(_promise(verdict) if verdict else {}),
             "white": maps,
-            "notes": list(task.notes),
+            "notes": list(self.notes),
             "versions": versions(),
             **self.scores.scores(task.baseline, summary, chosen.level),
         }
@@ -339,6 +349,24 @@ def _promise(verdict: Verdict) -> dict[str, Any]:
         "calibrated": verdict.calibration is not None,
         "outside_card": list(verdict.outside),
     }
+
+
+@contextmanager
+def _unconverged() -> Iterator[list[str]]:
+    """Give a list that takes what iterative solvers that stop too early say; other warnings pass."""
+    found: list[str] = []
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def take(message: Warning | str, category: type[Warning], *place: Any, **options: Any) -> None:
+            if issubclass(category, Unconverged):
+                found.append(str(message))
+            else:
+                show(message, category, *place, **options)
+
+        warnings.simplefilter("always", Unconverged)
+        warnings.showwarning = take
+        yield found
 
 
 def _windowed(prior: Denoiser, window: int) -> Denoiser:

@@ -15,7 +15,7 @@ from rich.table import Table
 from torch import Tensor
 
 from fewstep.calibrated import Calibrations, Plan, calibrate, outer, with_measured
-from fewstep.core.files import read_header
+from fewstep.core.files import check_target, read_header
 from fewstep.data import list_images, load_pixels
 from fewstep.devices import pick_device
 from fewstep.measurements import Family
@@ -85,6 +85,7 @@ def run(job: Job, plan: Plan, console: Console) -> Calibrations:
     sampler.unfolded().to(place)
     prior = load_prior(str(trained_with)).to(place)
     home = sampler.folder if job.out is None else job.out
+    check_target(home / CALIBRATION)
     blank = Calibrations(str(header["sha256"]), outer(sampler), plan.crop, tuple(with_measured(families)[0]), ())
     with_earlier(blank, home)  # what does not go with these is refused before the work
     images = job.images(plan.crop)

@@ -21,7 +21,9 @@ density = typer.Typer(
 # fields of the density are options that only it knows: they are read when it has been found
 OPEN = {"allow_extra_args": True, "ignore_unknown_options": True}
 FIELDS = "Fields of TARGET are options too, after it: see `fewstep density targets NAME`; of a function --dim, --low, --high, "
-FIELDS += "--score (its name) and --log-z."
+FIELDS += (
+    "--score (its name) and --log-z. --low 0 bounds every coordinate, --low 0,none,-1 the first and the third of three."
+)
 
 Target = Annotated[
     str,

@@ -19,7 +19,7 @@ from rich.markup import escape
 from fewstep.commands.density_target import RUN, Named, read_run
 from fewstep.commands.listing import field_table, plain_table
 from fewstep.core.density import Bounds, TargetDensity
-from fewstep.core.files import write_bytes
+from fewstep.core.files import check_target, write_bytes
 from fewstep.core.registry import available, get
 from fewstep.densities.base import DensitySampler, load_density_sampler
 from fewstep.densities.diagnosis import Diagnosis, diagnose, summary
@@ -72,6 +72,7 @@ def diagnosis(  # noqa: PLR0913 - what is drawn, or a file of draws
     """Compare draws, of a sampler or from `file`, with their density; write report.html and result.json into `out`."""
     if file is not None and folder is not None:
         raise ValueError("give --from or --draws, not both")
+    check_target(out / RESULT)
     draws = _read(file, named, errors) if file is not None else _drawn(named, folder, drawing, console, errors)
     with notes(errors), console.status("comparing"):
         found = diagnose(draws, named.density, rows=rows, level=drawing["level"])

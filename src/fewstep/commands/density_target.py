@@ -24,6 +24,7 @@ from fewstep.options import typed_fields
 
 RUN = "run.json"  # what a folder was trained for
 FUNCTION = "log_prob"  # of a file, where none is named
+End = float | tuple[float | None, ...] | None  # of the box where a density lives
 _CODE = ("score", "support")  # arguments whose text is Python
 
 
@@ -33,15 +34,15 @@ class Own:
 
     Args:
         dim: the number of coordinates.
-        low: lower end of the box where the density lives, the same in every coordinate.
-        high: its upper end.
+        low: lower end of the box where the density lives, the same in every coordinate, or one for each, None where there is none.
+        high: its upper end, as `low`.
         score: name of the gradient beside it, where autograd should not be used.
         log_z: log of its integral, where it is known.
     """
 
     dim: int | None = None
-    low: float | None = None
-    high: float | None = None
+    low: End = None
+    high: End = None
     score: str | None = None
     log_z: float | None = None
 
@@ -156,7 +157,7 @@ def _settings(own: Own) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _support(own: Own) -> tuple[float, float] | None:
+def _support(own: Own) -> tuple[End, End] | None:
     if own.low is None and own.high is None:
         return None
     return -math.inf if own.low is None else own.low, math.inf if own.high is None else own.high

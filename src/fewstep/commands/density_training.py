@@ -16,7 +16,7 @@ from fewstep.checkpoints import last_checkpoint, last_step
 from fewstep.commands.density_card import density_card
 from fewstep.commands.density_runs import command_line, described, load, notes, show
 from fewstep.commands.density_target import RUN, Named, read_run
-from fewstep.core.files import HEADER, read_header, write_bytes
+from fewstep.core.files import HEADER, check_target, read_header, write_bytes
 from fewstep.core.names import suggestion
 from fewstep.core.registry import get
 from fewstep.densities.base import DensitySampler
@@ -60,6 +60,7 @@ class Job:
         """
         if importlib.util.find_spec("accelerate") is None:
             raise ValueError("training needs accelerate; pip install fewstep[train]")
+        check_target(self.out / RUN)
         begun = last_checkpoint(self.out) is not None or (self.out / HEADER).is_file()  # else there is nothing to lose
         before = read_run(self.out) if begun and (self.out / RUN).is_file() else None
         if before and before["target"] != self.named.record:

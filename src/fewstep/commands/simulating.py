@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fewstep.core.files import write_bytes
+from fewstep.core.files import check_target, write_bytes
 from fewstep.images import read_photo, save_image
 from fewstep.outputs import SIMULATED, SIMULATION, check_free
 from fewstep.records import write_record
@@ -22,6 +22,7 @@ def run(path: Path, out: Path, operator: str, fields: Mapping[str, Any], sigma: 
         ValueError: the photograph cannot be read or degraded so, or it or a file that no simulation wrote would be replaced.
     """
     chosen = Settings(operator=operator, operator_fields=fields, sigma=sigma, seed=seed, simulate=True)
+    check_target(out / SIMULATED)
     photo = read_photo(path)
     task = prepare(photo, chosen, torch.device("cpu"))
     out.mkdir(parents=True, exist_ok=True)

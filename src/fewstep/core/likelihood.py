@@ -19,7 +19,7 @@ from torch import Tensor
 from fewstep.core.batch import item_dot, like, tile
 from fewstep.core.checks import check_gradients
 from fewstep.core.counts import Counts
-from fewstep.core.linalg import cg
+from fewstep.core.linalg import Unconverged, cg
 from fewstep.core.noise import Noise
 from fewstep.core.physics import check_measurement, fitting_adjoint, repeat_physics
 from fewstep.core.spectral import Function, inverse_square, significant, spectrum_of
@@ -162,6 +162,7 @@ class GaussianLikelihood(Likelihood):
             warnings.warn(
                 f"conjugate gradients stopped after {self.max_iter} iterations at a relative residual of {worst:.1e}"
                 f" (asked: {self.tol:.1e}); raise max_iter or tol",
+                Unconverged,
                 stacklevel=2,
             )
         return result.x

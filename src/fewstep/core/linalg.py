@@ -11,6 +11,10 @@ from torch import Tensor
 from fewstep.core.batch import item_dot, item_norm, like
 
 
+class Unconverged(UserWarning):
+    """An iterative solver stopped before its tolerance."""
+
+
 class CGResult(NamedTuple):
     """Solution (N, *event), relative residual (N,) and iterations used (N,)."""
 

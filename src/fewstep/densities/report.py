@@ -53,7 +53,7 @@ def summary_rows(summary: Mapping[str, Any], target: TargetDensity) -> dict[str,
     """Return a `summary` of draws of `target` in words."""
     s, rows = summary, {"weights": _KINDS[summary["kind"]]}
     if "ess" in s:
-        rows["ESS"] = f"{100 * s['ess']:.2f} % of {s['draws']}"
+        rows["ESS"] = f"{100 * s['ess']:.2f} % of {s['draws']}" if s["draws"] > 1 else "too few draws to tell"
     if "log_z" in s:
         ends = s.get("log_z_interval")
         held = f" [{ends[0]:.4f}, {_end(ends[1])}] at {100 * s['level']:g} %" if ends else ""
@@ -61,7 +61,8 @@ def summary_rows(summary: Mapping[str, Any], target: TargetDensity) -> dict[str,
     if "elbo" in s:
         rows["ELBO"] = f"{s['elbo']:.4f}"
     if "khat" in s:
-        rows["k-hat"] = f"{s['khat']:.3f}, should be below {limit(s['draws']):.2f}"
+        told = f"{s['khat']:.3f}, should be below {limit(s['draws']):.2f}"
+        rows["k-hat"] = "too few draws to tell" if math.isnan(s["khat"]) else told
     if s["nonfinite"]:
         rows["not finite"] = f"{s['nonfinite']} draws, which count as weight zero"
     if s["folds"]:

@@ -28,12 +28,14 @@ class Operator(ABC):
         summary: one line of help.
         noise: what is to be said of sigma: "required", "estimated" where it is not given, or "none".
         suited: the method and its preset for those who name none; None leaves the choice to the prior.
+        easier: options under which the measurement is easier to keep to, where an iterative solver cannot.
     """
 
     word: ClassVar[str]
     summary: ClassVar[str]
     noise: ClassVar[str] = "required"
     suited: ClassVar[tuple[str, str] | None] = None
+    easier: ClassVar[str] = "a larger --sigma"
 
     @abstractmethod
     def build(self, image_shape: Shape, dtype: torch.dtype = torch.float32) -> Any:

@@ -19,7 +19,7 @@ from torch import Tensor
 from fewstep.core.batch import item_dot
 from fewstep.core.counts import Counts
 from fewstep.core.likelihood import GaussianLikelihood, Likelihood
-from fewstep.core.linalg import cg
+from fewstep.core.linalg import Unconverged, cg
 from fewstep.core.noise import Noise
 from fewstep.core.spectral import Spectrum
 from fewstep.images import orientation_of
@@ -169,6 +169,7 @@ class JpegLikelihood(Likelihood):
             warnings.warn(
                 f"the projection on the JPEG set stopped after {self.max_iter} iterations at an error of {float(worst):.1e}"
                 f" (asked: {self.tol:.1e}); raise max_iter or tol",
+                Unconverged,
                 stacklevel=2,
             )
         return result.x

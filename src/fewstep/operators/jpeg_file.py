@@ -22,6 +22,7 @@ _MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 _RESTART = re.compile(rb"\xff[\xd0-\xd7]")
 _STARTS = {0xC0: False, 0xC1: False, 0xC2: True}  # start-of-frame markers: progressive or not
 _OTHER_STARTS = {0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF}
+_PIXELS = "; another --operator, denoise say, takes the pixels instead"
 _STANDARD = bytes.fromhex(  # the Huffman tables of T.81, K.3, as a segment holds them
     "0000010501010101010100000000000000000102030405060708090a0b100002010303020403050504040000017d010203000411"
     "05122131410613516107227114328191a1082342b1c11552d1f02433627282090a161718191a25262728292a3435363738393a43"
@@ -104,7 +105,7 @@ def _parse(data: bytes) -> JpegFile:
         if kind == 0xD9:
             break
         if kind in _OTHER_STARTS:
-            raise ValueError("only Huffman-coded baseline and progressive files of 8 bit are read")
+            raise ValueError(f"only Huffman-coded baseline and progressive files of 8 bit are read{_PIXELS}")
         length = int.from_bytes(data[at + 2 : at + 4])
         body = data[at + 4 : at + 2 + length]
         at += 2 + length
@@ -174,14 +175,14 @@ def _standard() -> dict[int, array[int]]:
 
 def _frame(file: JpegFile, body: bytes, progressive: bool) -> None:
     if body[0] != 8:
-        raise ValueError(f"only 8 bit per sample are read, not {body[0]}")
+        raise ValueError(f"only 8 bit per sample are read, not {body[0]}{_PIXELS}")
     file.progressive = progressive
     file.height, file.width = int.from_bytes(body[1:3]), int.from_bytes(body[3:5])
     parts = [body[6 + 3 * i : 9 + 3 * i] for i in range(body[5])]
     file.components = [Component(p[0], p[1] >> 4, p[1] & 15, p[2]) for p in parts]
     rgb = [c.identifier for c in file.components] == [82, 71, 66] or file.adobe == 0
     if len(file.components) not in (1, 3) or (rgb and len(file.components) == 3):
-        raise ValueError("only grey and YCbCr files are read")
+        raise ValueError(f"only grey and YCbCr files are read{_PIXELS}")
     if not file.height or not file.width:
         raise ValueError("the file does not state its size")
     highest_h, highest_v = (max(getattr(c, a) for c in file.components) for a in "hv")

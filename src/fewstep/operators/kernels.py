@@ -66,7 +66,7 @@ def load_kernel(path: str | Path, index: int = 0) -> Tensor:
 
     Args:
         path: PNG (grey value), npy (an array (h, w) or a stack (n, h, w)), or mat (any version; the numeric
-            matrices of all variables and cells, in their order).
+            matrices and stacks (h, w, n) of all variables and cells, in their order).
         index: which, where the file holds several.
 
     Raises:
@@ -153,11 +153,11 @@ def _from_hdf5(path: Path) -> list[np.ndarray]:
 
 
 def _collect(value: Any, found: list[np.ndarray]) -> None:
-    """Append the matrices in a variable of a mat file, looking into cells."""
+    """Append the matrices in a variable of a mat file, looking into cells; a stack of them is (h, w, n) in Matlab."""
     if not isinstance(value, np.ndarray):
         return
     if value.dtype == object:
         for cell in value.flat:
             _collect(cell, found)
-    elif value.ndim == 2 and value.size > 1 and value.dtype.kind in "biuf":
-        found.append(value)
+    elif value.ndim in (2, 3) and value.size > 1 and value.dtype.kind in "biuf":
+        found.extend([value] if value.ndim == 2 else np.moveaxis(value, -1, 0))

@@ -22,7 +22,7 @@ from torch import Tensor
 from fewstep.core.batch import item_dot, item_norm, like, tile
 from fewstep.core.counts import Counts
 from fewstep.core.likelihood import GaussianLikelihood, Likelihood
-from fewstep.core.linalg import cg
+from fewstep.core.linalg import Unconverged, cg
 from fewstep.core.noise import Noise
 from fewstep.core.physics import check_measurement, fitting_adjoint, repeat_physics
 from fewstep.core.spectral import DiagonalSpectrum, spectrum_of
@@ -166,7 +166,9 @@ class PoissonLikelihood(Likelihood):
         worst = float((item_norm((x - z) / variance - self.score(x)) / goal).max())
         if worst > 1:
             warnings.warn(
-                f"Newton's method stopped after {self.max_iter} steps at {worst:.1e} times its tolerance", stacklevel=3
+                f"Newton's method stopped after {self.max_iter} steps at {worst:.1e} times its tolerance",
+                Unconverged,
+                stacklevel=3,
             )
         return x
 

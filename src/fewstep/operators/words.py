@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from fewstep.core.likelihood import GaussianLikelihood, Likelihood
 from fewstep.core.names import suggestion
-from fewstep.images import DAMAGE, TOO_LARGE
+from fewstep.images import read_mask
 from fewstep.operators import kernels
 from fewstep.operators.base import AUTO, WORDS, Operator, Shape, Smaller, option, register, shape_of
 from fewstep.operators.estimate import estimate_sigma
@@ -67,6 +66,7 @@ class _Blur(Operator):
     A photograph's scene does go on. Taken for circular, it rings at the border; simulations are circular, which has a closed form.
     """
 
+    easier: ClassVar[str] = "a larger --sigma or --boundary circular"
     boundary: str = option(
         AUTO, "circular, or valid where the scene goes on beyond the frame: that of a photograph, slower"
     )
@@ -310,16 +310,14 @@ class Inpaint(_Mask):
         """See `_Mask`."""
         if not self.mask:
             raise ValueError("inpaint needs a mask file (white is known, black is missing)")
-        try:
-            with Image.open(self.mask) as image:
-                grey = torch.tensor(list(image.convert("L").tobytes())).reshape(image.height, image.width)
-        except (*DAMAGE, *TOO_LARGE) as error:
-            raise ValueError(f"{self.mask} cannot be read as a mask ({error})") from None
-        if tuple(grey.shape) != tuple(image_shape[1:]):
+        known = read_mask(self.mask)
+        if tuple(known.shape) != tuple(image_shape[1:]):
             h, w = image_shape[1:]
-            raise ValueError(f"the mask {self.mask} is {grey.shape[0]} x {grey.shape[1]}, the image is {h} x {w}")
-        if not bool((known := grey >= 128).any()):
+            raise ValueError(f"the mask {self.mask} is {known.shape[0]} x {known.shape[1]}, the image is {h} x {w}")
+        if not bool(known.any()):
             raise ValueError(f"the mask {self.mask} marks every pixel as missing")
+        if bool(known.all()):
+            raise ValueError(f"the mask {self.mask} marks no pixel as missing: black is missing")
         return known.float()
 
 
@@ -332,6 +330,7 @@ class Jpeg(Operator):
     summary: ClassVar[str] = "JPEG compression; a file's own tables are read from it"
     noise: ClassVar[str] = "none"
     suited: ClassVar[tuple[str, str] | None] = ("diffpir", "jpeg")
+    easier: ClassVar[str] = "a larger --step-std"
     quality: int = option(10, "quality at which images are encoded; not used for a file, which holds its tables")
     subsampling: str = option("4:2:0", "chroma sub-sampling: 4:4:4, 4:2:2 or 4:2:0; not used for a file")
     step_std: float = option(0.2, "standard deviation of the error in steps, taken for Gaussian; 0: exact intervals")

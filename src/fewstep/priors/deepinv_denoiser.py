@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -23,6 +24,9 @@ class DeepinvDenoiser(Denoiser):
         channels: image channels.
         sigma_min: smallest noise level told to the network, in [0, 1] units.
         sigma_max: largest noise level told to the network, in [0, 1] units; the level it was trained up to.
+
+    Raises:
+        ValueError: levels that are none, or a model that cannot be called so; when called, a result of another shape.
     """
 
     def __init__(
@@ -36,6 +40,7 @@ class DeepinvDenoiser(Denoiser):
         super().__init__()
         if not 0 < sigma_min < sigma_max:
             raise ValueError(f"0 < sigma_min < sigma_max is needed, got {sigma_min} and {sigma_max}")
+        _check_call(model)
         self.model, self.schedule = model, schedule or VariancePreserving()
         self.event_shape = (channels, None, None)
         self.sigma_min, self.sigma_max = sigma_min, sigma_max
@@ -48,5 +53,23 @@ class DeepinvDenoiser(Denoiser):
         x = x_t / like(alpha, x_t)
         level = sigma.clamp(self.sigma_min, self.sigma_max)
         dtype = next((p.dtype for p in self.model.parameters()), x.dtype)  # that of the weights, where there are any
-        out = 2 * self.model(((x + 1) / 2).to(dtype), level.to(dtype), **cond).to(x.dtype) - 1
-        return torch.where(like(sigma, x) == 0, x, out)
+        out = self.model(((x + 1) / 2).to(dtype), level.to(dtype), **cond)
+        if out.shape != x.shape:
+            raise ValueError(
+                f"{type(self.model).__name__} made {tuple(out.shape)} of images {tuple(x.shape)}, a denoiser keeps the shape"
+            )
+        return torch.where(like(sigma, x) == 0, x, 2 * out.to(x.dtype) - 1)
+
+
+def _check_call(model: nn.Module) -> None:
+    """Raise ValueError where a model cannot be called as `model(x, sigma)`, as far as it tells."""
+    try:
+        signature = inspect.signature(model.forward)
+    except (TypeError, ValueError):  # compiled code may have none
+        return
+    try:
+        signature.bind_partial(None, None)
+    except TypeError as error:
+        raise ValueError(
+            f"{type(model).__name__} must take images and their noise level, model(x, sigma): {error}"
+        ) from None

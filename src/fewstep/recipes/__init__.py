@@ -51,7 +51,7 @@ def read_recipe(path: str | Path) -> Any:
     if kind not in KINDS:
         raise ValueError(f"{file}: unknown kind {kind!r}; choose one of {', '.join(KINDS)}")
     module, _, name = KINDS[kind].partition(":")
-    return build(getattr(import_module(f"{__name__}.{module}"), name), given, str(file))
+    return build(getattr(import_module(f"{__name__}.{module}"), name), given, f"{file} (kind {kind})", ("kind",))
 
 
 def _loader() -> type:
@@ -67,8 +67,14 @@ def _loader() -> type:
     return Loader
 
 
-def build(cls: type, values: Any, where: str) -> Any:
+def build(cls: type, values: Any, where: str, beside: tuple[str, ...] = ()) -> Any:
     """Return `cls(**values)` after checking every key against the fields of the dataclass `cls`.
+
+    Args:
+        cls: a dataclass.
+        values: what is given.
+        where: what to call it in messages.
+        beside: keys that are known there too and were read already.
 
     Raises:
         ValueError: `values` is no mapping, a key is unknown (the nearest known one is named) or missing, or a value is
@@ -79,8 +85,8 @@ def build(cls: type, values: Any, where: str) -> Any:
     known = [f.name for f in fields(cls)]
     for key in values:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+            near = difflib.get_close_matches(str(key), [*beside, *known], 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join([*beside, *known])}"
             raise ValueError(f"{where}: unknown key {key!r}; {hint}")
     needed = {f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING}
     if missing := sorted(needed - set(values)):
@@ -118,9 +124,12 @@ def train(
     `steps` replaces the recipe's number of steps; `resume` continues from the last checkpoint in `out`.
 
     Raises:
-        ValueError: the recipe, the images or the checkpoint cannot be used.
+        ValueError: the recipe, the images, the checkpoint or the folder cannot be used.
         KeyboardInterrupt: the training was told to stop; a checkpoint was written first.
     """
+    from fewstep.core.files import check_target
+
+    check_target(Path(out) / "log.jsonl")
     return read_recipe(recipe).trainer(data, out, steps).run_whole(resume)
 
 
