@@ -273,7 +273,7 @@ class MultistepSolver(Solver):
 def plan_of(solver: MultistepSolver, schedule: Schedule) -> Plan:
     """Return the table of a solver on its own grid, made once."""
     if not isinstance(solver.grid, str | tuple):  # a list of times is no key of the cache
-        solver = replace(solver, grid=tuple(map(float, solver.grid)))  # type: ignore[type-var]
+        solver = replace(solver, grid=tuple(map(float, solver.grid)))
     return _plan(solver, schedule)
 
 

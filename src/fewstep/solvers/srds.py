@@ -76,8 +76,7 @@ class SRDS(Solver):
     @property
     def nfe(self) -> int:
         """See `Sampler`; of all iterations."""
-        blocks = self.steps
-        return blocks + self.fine * blocks * (blocks + 1) // 2 + blocks * (blocks - 1) // 2
+        return self.steps + self.fine * self.steps * (self.steps + 1) // 2 + self.steps * (self.steps - 1) // 2
 
     def depth(self, iterations: int) -> int:
         """Return the network calls one after another, all blocks of an iteration counting as one."""
