@@ -123,8 +123,12 @@ def test_srds_drives_guided_samplers(guided):
 
 
 def test_srds_refuses():
-    for settings in ({"fine": 0}, {"tolerance": -1.0}, {"tolerance": float("nan")}):
-        with pytest.raises(ValueError, match="positive"):
+    for settings, said in (
+        ({"fine": 0}, "fine must be"),
+        ({"tolerance": -1.0}, "positive"),
+        ({"tolerance": math.nan}, "positive"),
+    ):
+        with pytest.raises(ValueError, match=said):
             SRDS(**settings)
 
 
