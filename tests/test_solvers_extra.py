@@ -125,8 +125,8 @@ def test_srds_drives_guided_samplers(guided):
 def test_srds_refuses():
     for settings, said in (
         ({"fine": 0}, "fine must be"),
-        ({"tolerance": -1.0}, "positive"),
-        ({"tolerance": math.nan}, "positive"),
+        ({"tolerance": -1.0}, "must not be negative"),
+        ({"tolerance": math.nan}, "must not be negative"),
     ):
         with pytest.raises(ValueError, match=said):
             SRDS(**settings)
