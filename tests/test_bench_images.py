@@ -262,6 +262,6 @@ def test_antithetic_samples_have_rows_of_their_own(folder, given, tmp_path):
     )
     assert pairs["PSNR sample"] == alone["PSNR sample"] and pairs["PSNR mean"] != alone["PSNR mean"]
     found = json.loads(out.read_text())
-    assert found["settings"]["antithetic"] and "0.33, antithetic ones a little more." in " ".join(found["notes"])
+    assert found["settings"]["antithetic"] and "0.33, antithetic ones up to 0.50." in " ".join(found["notes"])
     with pytest.raises(ValueError, match="their number must be even, got 3"):
         images.main(folder, **{**given, "samples": 3}, antithetic=True)

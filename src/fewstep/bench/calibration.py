@@ -35,8 +35,9 @@ TASKS: tuple[str, ...] = (
 )
 NOTES = (
     "coverage of the central 90% intervals, per pixel and channel, a mean over photographs with its standard error; 'plain': as the "
-    "samples have them, of which right ones would hold 'right' at this K; 'family': stretched by the factor that lies beside the "
-    "weights of a trained sampler, one per family of operators; 'fitted': by a factor fitted to this task on other photographs.",
+    "samples have them, of which right independent ones would hold 'right' at this K, antithetic ones more (`Samples.interval`); "
+    "'family': stretched by the factor that lies beside the weights of a trained sampler, one per family of operators; 'fitted': by "
+    "a factor fitted to this task on other photographs.",
     "A factor bounds the mean over photographs of min(share of missed pixels, worst), with a margin for how few it was fitted on: "
     "where no photograph is missed by more than the share `worst`, the expected coverage lies between the level and the level + "
     "2 worst / (n + 1); photographs that are missed by more count as missed by that share.",

@@ -90,6 +90,13 @@ class Setup:
         """The coverage that right independent samples would have: `level`, or (K - 1) / (K + 1) where K is too small."""
         return min(self.level, max(self.samples - 1, 0) / (self.samples + 1))
 
+    @property
+    def mirrored(self) -> str:
+        """What is to be said of antithetic samples: the coverage of pairs that are mirror images, see `Samples.interval`."""
+        k = self.samples
+        most = min(1 - (1 - self.level) * (k + 1) / (k + 2), k / (k + 2))
+        return f", antithetic ones up to {most:.2f}" if self.antithetic else ""
+
     def shape(self, task: Task) -> tuple[int, int, int]:
         """Return (3, H, W) of the images of a task."""
         return task.operator.fit((3, self.crop, self.crop))
@@ -188,7 +195,7 @@ def notes(setup: Setup) -> tuple[str, ...]:
         f"PSNR (dB), SSIM and LPIPS (AlexNet; VGG is LPIPS with VGG-16; lower is better) of the mean of {setup.samples} samples and "
         "of the first sample, averaged over the images.",
         f"coverage of the central {setup.level:.0%} intervals per pixel and channel; with K = {setup.samples} samples right "
-        f"intervals would hold {setup.nominal:.2f}{', antithetic ones a little more' * setup.antithetic}. '{CALIBRATED}' is that of "
+        f"intervals would hold {setup.nominal:.2f}{setup.mirrored}. '{CALIBRATED}' is that of "
         "the intervals as stretched by the calibration that lies beside a trained sampler, which aims at the level itself.",
         "seconds are for all samples of one measurement, nfe, vjps and operator calls for one sample.",
         PeakMemory.note(),
