@@ -170,6 +170,20 @@ def test_cg_solves_and_ends_after_as_many_steps_as_distinct_eigenvalues():
     assert torch.allclose(result.x, torch.linalg.solve(matrix, b), atol=1e-9)
 
 
+def test_a_preconditioner_saves_iterations_and_changes_no_solution():
+    g = torch.Generator().manual_seed(0)
+    scale = torch.logspace(0, 3, 40, dtype=DOUBLE)
+    basis = torch.linalg.qr(torch.eye(40, dtype=DOUBLE) + 0.02 * torch.randn(40, 40, generator=g, dtype=DOUBLE))[0]
+    matrix, b = basis.T @ torch.diag(scale) @ basis, torch.randn(2, 40, generator=g, dtype=DOUBLE)
+    plain = cg(lambda x: x @ matrix, b, tol=1e-10)
+    quick = cg(lambda x: x @ matrix, b, preconditioner=lambda r: r / scale, tol=1e-10)
+    torch.testing.assert_close(quick.x @ matrix, b, rtol=0, atol=1e-8)
+    torch.testing.assert_close(quick.x, plain.x, rtol=0, atol=1e-8)
+    assert bool((2 * quick.iterations < plain.iterations).all()) and bool((quick.residual <= 1e-10).all())
+    exact = cg(lambda x: x * scale, b, preconditioner=lambda r: r / scale, tol=1e-10)
+    assert exact.iterations.tolist() == [1, 1]
+
+
 def test_cg_of_an_item_does_not_depend_on_the_others():
     matrices = spd(3, 10)
     b = torch.randn(3, 10, dtype=DOUBLE, generator=torch.Generator().manual_seed(1))

@@ -41,6 +41,17 @@ def test_closed_form_agrees_with_iteration(word, fields):
     assert torch.allclose(wrapped.score(z), colour.score(z))
 
 
+def test_what_is_near_to_a_grey_blur_is_near_to_that_of_its_luma():
+    x = torch.rand(1, 1, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    operator = get_operator("deblur-gaussian")(width=1.0, boundary="valid")
+    grey = operator.likelihood(operator.simulate(x, 0.02), sigma=0.02)
+    colour = in_colour(grey)
+    bare = GaussianLikelihood(grey.y, LumaOperator(grey.physics, None), grey.sigma, tol=grey.tol)
+    z = torch.randn(1, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(colour.prox(z, 3.0), bare.prox(z, 3.0), rtol=0, atol=1e-3)
+    assert bare.circulant is None and colour.counts.operator < bare.counts.operator
+
+
 def test_draws_have_the_right_moments():
     colour, wrapped = in_colour(made("denoise", {})), GreyLikelihood(made("denoise", {}))
     k = 4000

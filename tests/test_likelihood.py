@@ -208,6 +208,37 @@ def test_matrices_are_wrapped_with_all_they_provide():
     assert torch.allclose(likelihood.back_project(likelihood.y, 0.5), want, atol=1e-8)
 
 
+class Unknown(torch.nn.Module):
+    """An operator of which nothing is known but what it does."""
+
+    def __init__(self, physics):
+        super().__init__()
+        self.A, self.A_adjoint = physics.A, physics.A_adjoint
+
+
+@pytest.mark.parametrize("filters", [1, 2])
+def test_blurs_that_are_not_circular_are_preconditioned(filters):
+    """Single precision, far from the noise level: the solution is the dense one to a few hundredths of it, in fewer steps."""
+    physics = P.Blur(filter=kernel(filters, 5, 5).abs().float(), padding="valid", use_fft=True)
+    physics.filter = physics.filter / physics.filter.sum((-2, -1), keepdim=True)
+    x, z, sigma, rho = randn(2, 1, 20, 22), randn(2, 1, 20, 22, seed=1), 0.01, 1.0
+    y = physics.A(x.float()) + sigma * randn(2, 1, 16, 18, seed=2).float()
+    near, plain = (GaussianLikelihood(y, p, sigma, tol=1e-4) for p in (physics, Unknown(physics)))
+    assert near.circulant is not None and plain.circulant is None
+    columns = torch.eye(440).reshape(440, 1, 20, 22)
+    for b in range(2):
+        one = P.Blur(filter=physics.filter[b % filters :][:1], padding="valid", use_fft=True)
+        a = one.A(columns).flatten(1).T.double()
+        r = y[b].flatten().double() - a @ z[b].flatten()
+        want = z[b].flatten() + a.T @ torch.linalg.solve(a @ a.T + (sigma / rho) ** 2 * torch.eye(len(a), dtype=F64), r)
+        for likelihood in (near, plain):
+            found = likelihood.prox(z.float(), rho)[b].flatten().double()
+            assert torch.linalg.vector_norm(found - want) < 0.03 * sigma * len(want) ** 0.5
+    calls = [p.counts.operator for p in (near, plain)]
+    assert 1.3 * calls[0] < calls[1]
+    assert torch.equal(near.expand(2).prox(z.float().repeat(2, 1, 1, 1), rho)[2:], near.prox(z.float(), rho))
+
+
 @pytest.mark.parametrize("padding", ["valid", "reflect", "replicate", "constant"])
 @pytest.mark.parametrize("fft", [False, True])
 def test_other_paddings_have_no_closed_form(padding, fft):

@@ -11,6 +11,7 @@ import copy
 import math
 import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, Self
 
 import torch
@@ -22,7 +23,9 @@ from fewstep.core.counts import Counts
 from fewstep.core.linalg import Unconverged, cg
 from fewstep.core.noise import Noise
 from fewstep.core.physics import check_measurement, fitting_adjoint, repeat_physics
-from fewstep.core.spectral import Function, inverse_square, significant, spectrum_of
+from fewstep.core.spectral import Function, circulant_of, inverse_square, significant, spectrum_of
+
+Linear = Callable[[Tensor], Tensor]
 
 
 class Likelihood(ABC):
@@ -106,6 +109,7 @@ class GaussianLikelihood(Likelihood):
         back = fitting_adjoint(physics, y)
         self.spectrum = spectrum_of(physics, back)
         self.event_shape, self.dtype, self.device = back.shape[1:], back.dtype, back.device
+        self.circulant = circulant_of(physics, y) if self.spectrum is None else None
         closed = {"svd"} if self.spectrum is not None else set()
         self.provides = frozenset({"gradient", "prox", "draw", "gaussian"} | closed)
 
@@ -151,33 +155,25 @@ class GaussianLikelihood(Likelihood):
         )
         if self.spectrum is not None:
             return self.spectral(lambda s: 1 / (s.square() * data + prior), v)
-        result = cg(lambda x: data * self.normal(x) + prior * x, v, tol=self.tol, max_iter=self.max_iter)
-        worst = float(result.residual.detach().max())
-        if not math.isfinite(worst):
-            raise FloatingPointError(
-                f"{type(self.physics).__name__}, or what it was applied to, gives NaN or infinite values: "
-                "check the operator, use more steps, weaker guidance or a larger sigma"
-            )
-        if worst > self.tol:
-            warnings.warn(
-                f"conjugate gradients stopped after {self.max_iter} iterations at a relative residual of {worst:.1e}"
-                f" (asked: {self.tol:.1e}); raise max_iter or tol",
-                Unconverged,
-                stacklevel=2,
-            )
-        return result.x
+        return self._iterate(lambda x: data * self.normal(x) + prior * x, v)
 
     def back_project(self, r: Tensor, rho: Tensor | float) -> Tensor:
         """Return A' (rho^2 A A' + sigma^2 I)^-1 r, (N, *measurement) -> (N, *event).
 
-        Through the closed form, see `Spectrum.pull_back`, or as (rho^2 A'A + sigma^2 I)^-1 A' r.
+        Through the closed form, see `Spectrum.pull_back`, or by conjugate gradients among measurements: what they leave is as an
+        error of y, which small singular values do not magnify, as they would what is left of (rho^2 A'A + sigma^2 I) u = A' r.
+
+        Raises:
+            FloatingPointError: see `solve`.
         """
         prior = torch.as_tensor(rho, dtype=self.sigma.dtype, device=self.sigma.device) ** 2
-        noise, prior = (self._shaped(a) for a in (self.sigma**2, prior))
-        if self.spectrum is None:
-            return self.solve(self.A_adjoint(r), rho) / (noise * prior)
-        self.counts.operator += 1
-        return self.spectrum.pull_back(lambda s: 1 / (s.square() * prior + noise), r, self.A_adjoint)
+        if self.spectrum is not None:
+            noise, prior = (self._shaped(a) for a in (self.sigma**2, prior))
+            self.counts.operator += 1
+            return self.spectrum.pull_back(lambda s: 1 / (s.square() * prior + noise), r, self.A_adjoint)
+        ridge = like((self.sigma**2 / prior).expand(len(r)), r.real if r.is_complex() else r)
+        within = self._iterate(lambda v: self.A(self.A_adjoint(v)) + ridge * v, r, self._nearly(ridge))
+        return self.A_adjoint(within) / self._shaped(prior)
 
     def spectral(self, f: Function, v: Tensor) -> Tensor:
         """Return f(sqrt(A'A)) v through the closed form; needs "svd"."""
@@ -221,12 +217,36 @@ class GaussianLikelihood(Likelihood):
         twin.sigma, twin.batch = self.sigma.repeat(k), self.batch * k
         twin.physics = repeat_physics(self.physics, self.y, k)
         twin.spectrum = self.spectrum.repeat(k) if self.spectrum is not None else None
+        twin.circulant = self.circulant.repeat(k) if self.circulant is not None else None
         return twin
 
     def _prox(self, y: Tensor, z: Tensor, rho: Tensor | float) -> Tensor:
         # in the form z + correction: the correction is small where z already fits, and so is its rounding
         square = torch.as_tensor(rho, dtype=self.sigma.dtype, device=self.sigma.device) ** 2
         return z + self._shaped(square) * self.back_project(y - self.A(z), rho)
+
+    def _nearly(self, ridge: Tensor) -> Linear | None:
+        """Return what is nearly (AA' + ridge I)^-1, if anything is known."""
+        near = self.circulant
+        return None if near is None else lambda v: near.apply(lambda s: 1 / (s.square() + ridge), v)
+
+    def _iterate(self, system: Linear, right: Tensor, near: Linear | None = None) -> Tensor:
+        """Return the solution of a positive definite system, `near` its approximate inverse; see `solve` for what is raised."""
+        result = cg(system, right, preconditioner=near, tol=self.tol, max_iter=self.max_iter)
+        worst = float(result.residual.detach().max())
+        if not math.isfinite(worst):
+            raise FloatingPointError(
+                f"{type(self.physics).__name__}, or what it was applied to, gives NaN or infinite values: "
+                "check the operator, use more steps, weaker guidance or a larger sigma"
+            )
+        if worst > self.tol:
+            warnings.warn(
+                f"conjugate gradients stopped after {self.max_iter} iterations at a relative residual of {worst:.1e}"
+                f" (asked: {self.tol:.1e}); raise max_iter or tol",
+                Unconverged,
+                stacklevel=3,
+            )
+        return result.x
 
     def _shaped(self, a: Tensor) -> Tensor:
         """Return constants, () or (N,), as they go with items, (N, 1, ..., 1)."""

@@ -28,6 +28,7 @@ def cg(
     b: Tensor,
     x: Tensor | None = None,
     *,
+    preconditioner: Callable[[Tensor], Tensor] | None = None,
     tol: float = 1e-6,
     max_iter: int = 200,
 ) -> CGResult:
@@ -42,14 +43,18 @@ def cg(
         operator: (N, *event) -> (N, *event).
         b: right-hand side, (N, *event).
         x: start, zero when absent.
+        preconditioner: an approximate inverse of `operator`, symmetric and positive definite, (N, *event) -> (N, *event).
         tol: relative residual at which an item is done.
         max_iter: the most iterations; what is reached by then is returned with its residual.
     """
     unit = like(_unit(b), b)
     b = b / unit
+    precondition = preconditioner or (lambda r: r)
     x, r = (torch.zeros_like(b), b) if x is None else (x / unit, b - operator(x / unit))
-    p, rr = r, item_dot(r, r)
-    scale = item_norm(b).clamp_min(torch.finfo(rr.dtype).tiny)
+    p = precondition(r)
+    rr, rz = item_dot(r, r), item_dot(r, p)
+    tiny = torch.finfo(rr.dtype).tiny
+    scale = item_norm(b).clamp_min(tiny)
     count = torch.zeros_like(rr, dtype=torch.long)
     for _ in range(max_iter):
         active = rr.detach().sqrt() > tol * scale.detach()
@@ -57,12 +62,13 @@ def cg(
             break
         q = operator(p)
         curvature = item_dot(p, q)
-        step = torch.where(active & (curvature > 0), rr / curvature.clamp_min(torch.finfo(rr.dtype).tiny), 0.0)
+        step = torch.where(active & (curvature > 0), rz / curvature.clamp_min(tiny), 0.0)
         x, r = x + like(step, x) * p, r - like(step, r) * q
-        new = item_dot(r, r)
-        beta = torch.where(active, new / rr.clamp_min(torch.finfo(rr.dtype).tiny), 0.0)
-        p = torch.where(like(active.to(r.real.dtype), r.real).bool(), r + like(beta, p) * p, p)
-        rr = torch.where(active, new, rr)
+        z = precondition(r)
+        new = item_dot(r, z)
+        beta = torch.where(active, new / rz.clamp_min(tiny), 0.0)
+        p = torch.where(like(active.to(r.real.dtype), r.real).bool(), z + like(beta, p) * p, p)
+        rr, rz = torch.where(active, item_dot(r, r), rr), torch.where(active, new, rz)
         count = count + active
     x = torch.where(torch.isfinite(like(rr, b)), x * unit, torch.nan)
     return CGResult(x, rr.sqrt() / scale, count)

@@ -79,7 +79,7 @@ class FourierSpectrum(Spectrum):
         moved = self.transfer.conj() * f(self.transfer.abs()) * torch.fft.rfft2(r)
         return torch.fft.irfft2(moved, s=r.shape[-2:])
 
-    def repeat(self, k: int) -> Spectrum:
+    def repeat(self, k: int) -> FourierSpectrum:
         """See `Spectrum`."""
         return FourierSpectrum(_repeat(self.transfer, k))
 
@@ -204,6 +204,28 @@ def spectrum_of(physics: Any, x: Tensor) -> Spectrum | None:
             spectrum = build(physics, x)
             return spectrum if spectrum is not None and _agrees(spectrum, physics, x) else None
     return None
+
+
+def circulant_of(physics: Any, y: Tensor) -> FourierSpectrum | None:
+    """Return the circulant operator that is nearest to AA' on tensors like y, (N, *measurement), or None if none is known.
+
+    An operator may say it itself through a method `circulant(y)`. Blurs that are not circular, of a scene that goes on beyond its
+    frame or is mirrored there, are nearly so: AA' is, away from the border, a convolution, and its mean along each diagonal
+    serves to precondition (T. Chan 1988, optimal circulants).
+    """
+    if hasattr(physics, "circulant"):
+        return physics.circulant(y)
+    deepinv = sys.modules.get("deepinv")
+    if deepinv is None or not isinstance(physics, deepinv.physics.Blur) or y.ndim != 4:
+        return None
+    h, w = y.shape[-2:]
+    centre = _impulse(y, _filters(physics)).roll((h // 2, w // 2), (-2, -1))
+    response = physics.A(physics.A_adjoint(centre)).roll((-(h // 2), -(w // 2)), (-2, -1))
+    for size, axis in ((h, -2), (w, -1)):
+        lag = torch.arange(size, dtype=y.dtype, device=y.device)
+        share = 1 - torch.minimum(lag, size - lag) / size  # of the pixels that have a neighbour so far away
+        response = response * (share[:, None] if axis == -2 else share)
+    return FourierSpectrum(torch.fft.rfft2(response).real.clamp_min(0).sqrt() + 0j)
 
 
 def _agrees(spectrum: Spectrum, physics: Any, x: Tensor) -> bool:

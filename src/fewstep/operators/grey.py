@@ -18,7 +18,7 @@ from fewstep.core.batch import like
 from fewstep.core.counts import Counts
 from fewstep.core.likelihood import GaussianLikelihood, Likelihood
 from fewstep.core.noise import Noise
-from fewstep.core.spectral import Adjoint, Function, Spectrum
+from fewstep.core.spectral import Adjoint, FourierSpectrum, Function, Spectrum
 
 WEIGHTS = (0.299, 0.587, 0.114)  # ITU-R BT.601, those of JPEG and of Pillow's "L"
 
@@ -36,18 +36,18 @@ def spread(g: Tensor) -> Tensor:
 def in_colour(likelihood: Likelihood) -> Likelihood:
     """Return the likelihood of colour images (N, 3, H, W) whose luma has the given likelihood on (N, 1, H, W)."""
     if isinstance(likelihood, GaussianLikelihood):
-        physics = LumaOperator(likelihood.physics, likelihood.spectrum)
+        physics = LumaOperator(likelihood.physics, likelihood.spectrum, likelihood.circulant)
         y, sigma = likelihood.y, likelihood.sigma
         return GaussianLikelihood(y, physics, sigma, tol=likelihood.tol, max_iter=likelihood.max_iter)
     return GreyLikelihood(likelihood)
 
 
 class LumaOperator(torch.nn.Module):
-    """A grey operator after `luma`, with the closed form of the grey one where that is known."""
+    """A grey operator after `luma`, with the closed form of the grey one, or what is near to it, where that is known."""
 
-    def __init__(self, physics: Any, spectrum: Spectrum | None) -> None:
+    def __init__(self, physics: Any, spectrum: Spectrum | None, circulant: FourierSpectrum | None = None) -> None:
         super().__init__()
-        self.physics, self._grey = physics, spectrum
+        self.physics, self._grey, self._near = physics, spectrum, circulant
 
     def A(self, x: Tensor) -> Tensor:
         """Return A luma(x), (N, 3, H, W) -> (N, *measurement)."""
@@ -60,6 +60,10 @@ class LumaOperator(torch.nn.Module):
     def spectrum(self, x: Tensor) -> Spectrum | None:
         """Return the closed form; `x` is not read."""
         return None if self._grey is None else LumaSpectrum(self._grey)
+
+    def circulant(self, y: Tensor) -> FourierSpectrum | None:
+        """Return what is near to AA', which is |w|^2 times the grey one; `y` is not read."""
+        return None if self._near is None else FourierSpectrum(_size() * self._near.transfer)
 
 
 @dataclass(frozen=True)
