@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -229,6 +230,11 @@ def test_operators_table_equals_the_words(fewstep):
     for word in operators():
         assert any(line.startswith(f"{word} ") for line in out.splitlines())
     assert "factor" in fewstep("operators", "sr")[1] and get_operator("sr").word == "sr"
+
+
+def test_the_version(fewstep):
+    code, out, _ = fewstep("--version")
+    assert code == 0 and out.split() == ["fewstep", version("fewstep")]
 
 
 def test_doctor(fewstep, monkeypatch):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import itertools
 import os
 import signal
 import sys
@@ -15,10 +14,11 @@ import typer
 from rich.markup import escape
 from typer.core import TyperGroup
 
+from fewstep import __version__
 from fewstep.commands.benching import BenchCommand
 from fewstep.commands.consoles import console, errors
 from fewstep.commands.density import density
-from fewstep.commands.extras import OperatorCommand, operator_options
+from fewstep.commands.extras import OperatorCommand, check_words, operator_options
 
 
 class _Commands(TyperGroup):
@@ -56,6 +56,21 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; a GPU where th
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar.")]
 TrainSteps = Annotated[int | None, typer.Option(help="Steps, instead of those of the recipe.")]
 Resume = Annotated[bool, typer.Option(help="Go on from the last checkpoint in --out.")]
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        console.print(f"fewstep {__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def fewstep(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """See the help of `app`; options of `fewstep` itself."""
 
 
 @app.command(cls=OperatorCommand)
@@ -364,7 +379,7 @@ def main() -> NoReturn:
     if isinstance(sys.stdout, io.TextIOWrapper):  # the names of files may be no valid text; stderr is so by itself
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        _check_words(sys.argv[1:])
+        check_words(sys.argv[1:])
         app()
     except (ValueError, OSError, FloatingPointError, NotImplementedError) as error:
         if os.environ.get("FEWSTEP_DEBUG") == "1":
@@ -372,16 +387,6 @@ def main() -> NoReturn:
         errors.print(f"[bold red]error:[/] {escape(' '.join(str(error).split()))}", highlight=False)
         sys.exit(2)
     sys.exit(0)
-
-
-def _check_words(words: list[str]) -> None:
-    """Raise ValueError where a word is empty, as an unset variable leaves it: as a path it would be the current folder."""
-    if words[:1] == ["bench"]:  # whose lists may be empty
-        return
-    for before, word in itertools.pairwise(words):
-        name, sign, value = word.partition("=") if word.startswith("--") else (before, "", word)
-        if not value and (sign or not word):
-            raise ValueError(f"nothing is given after {name}: an empty word, as an unset variable leaves it")
 
 
 def _terminate(_number: int, _frame: FrameType | None) -> None:

@@ -1,8 +1,9 @@
-"""Options generated from the fields of the operators, when the command runs and not before."""
+"""What typer does not offer: options generated from the fields of the operators when a command runs, and a check for empty words."""
 
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import fields
 from typing import Annotated, Any
@@ -99,3 +100,13 @@ def _help(words: dict[str, str]) -> str:
         .replace("[", "(")
         .replace("]", ")")
     )
+
+
+def check_words(words: list[str]) -> None:
+    """Raise ValueError where a word is empty, as an unset variable leaves it: as a path it would be the current folder."""
+    if words[:1] == ["bench"]:  # whose lists may be empty
+        return
+    for before, word in itertools.pairwise(words):
+        name, sign, value = word.partition("=") if word.startswith("--") else (before, "", word)
+        if not value and (sign or not word):
+            raise ValueError(f"nothing is given after {name}: an empty word, as an unset variable leaves it")
