@@ -21,6 +21,7 @@ LAYERS = (
     {"densities", "checkpoints", "processes", "training", "recipes", "report", "outputs", "scores", "task", "restore"},
     {"bench", "commands"},
     {"cli", "app"},
+    {"__main__"},
 )
 # packages that stand side by side: they know core and what is below, not each other
 APART = {"priors", "operators", "methods", "solvers"}

@@ -550,3 +550,15 @@ def test_antithetic_samples_are_calibrated_apart():
     assert f"denoise is calibrated for {SAMPLES} antithetic samples at level 0.9" in verdict.text
     with pytest.raises(ValueError, match="their number must be even, got 3"):
         replace(plan, samples=(3,))
+
+
+def test_the_first_of_each_pair_are_calibrated_as_the_independent_samples_they_are(sampler):
+    pairs = replace(PLAN, samples=(SAMPLES, 2), antithetic=True)
+    assert pairs.parts() == [(slice(SAMPLES), True), (slice(2), True), (slice(0, SAMPLES, 2), False)]
+    found, alone = (
+        calibrate(sampler, PixelPrior(), photos(24, 1), FAMILIES[:1], plan)
+        for plan in (pairs, replace(PLAN, samples=(SAMPLES // 2,)))
+    )
+    asked = [(e.calibration.num_samples, e.calibration.antithetic) for e in found.entries]
+    assert asked == [(SAMPLES, True), (2, True), (SAMPLES // 2, False)]
+    assert found.entries[2] == alone.entries[0]

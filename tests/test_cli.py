@@ -235,6 +235,8 @@ def test_operators_table_equals_the_words(fewstep):
 def test_the_version(fewstep):
     code, out, _ = fewstep("--version")
     assert code == 0 and out.split() == ["fewstep", version("fewstep")]
+    module = subprocess.run([sys.executable, "-m", "fewstep", "--version"], capture_output=True, text=True, check=True)
+    assert module.stdout == out
 
 
 def test_doctor(fewstep, monkeypatch):

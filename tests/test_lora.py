@@ -193,6 +193,26 @@ def test_what_is_refused(prior, tmp_path):
         load_network(tmp_path / "adapter", prior)
 
 
+def test_a_header_says_how_its_sampler_steps(prior, tmp_path):
+    trained = network(prior, lora=None, trained=0.05)
+    save_network(trained, tmp_path / "net", {"outer": {"eta": 0.0, "grid": [1.0, 0.2, 0.0]}})
+    sampler = fewstep.load_sampler(tmp_path / "net", 2)
+    assert (sampler.eta, sampler.kernel, sampler.grid) == (0.0, "bridge", (1.0, 0.2, 0.0))
+    other = fewstep.load_sampler(tmp_path / "net", 2, eta=0.5, grid="quadratic")
+    assert (other.eta, other.grid) == (0.5, "quadratic")
+    assert "**Outer steps**: eta 0.0, grid [1.0, 0.2, 0.0]" in (tmp_path / "net/README.md").read_text()
+    fewstep.save_sampler(sampler, tmp_path / "again")
+    assert fewstep.load_sampler(tmp_path / "again", 2).grid == sampler.grid
+    save_network(trained, tmp_path / "net", {"outer": {"steps": 2}})
+    with pytest.raises(ValueError, match="outer steps have eta, kernel and grid, not steps"):
+        fewstep.load_sampler(tmp_path / "net")
+
+
+def test_the_shipped_sampler_steps_as_its_preset():
+    sampler, preset = fewstep.load_sampler("natural-general"), fewstep.get("ud2m").preset("photo")
+    assert all(getattr(sampler, name) == getattr(preset, name) for name in ("steps", "eta", "kernel", "grid"))
+
+
 def test_what_is_loaded_and_saved_again_keeps_its_card_and_calibrations(prior, tmp_path):
     facts = {"prior": "natural", "data": "40 photographs", "licence": "MIT", "command": "fewstep train"}
     save_network(network(prior, lora=None, trained=0.05), tmp_path / "net", facts)

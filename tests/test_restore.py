@@ -426,6 +426,14 @@ def test_an_earlier_run_is_replaced_and_foreign_files_are_kept(tmp_path):
     assert names(tmp_path) == FILES | samples_of(2) | {"notes.txt"}
 
 
+@pytest.mark.parametrize(
+    ("samples", "antithetic", "paired"), [(2, None, True), (3, None, False), (2, False, False), (2, True, True)]
+)
+def test_an_even_number_of_samples_comes_in_pairs(tmp_path, samples, antithetic, paired):
+    record = run(write_png(tmp_path), tmp_path, samples=samples, antithetic=antithetic).record
+    assert record["antithetic"] is Samples.load(tmp_path / "out").antithetic is paired
+
+
 def test_the_command_repeats_the_run(tmp_path):
     chosen = settings(operator="sr", operator_fields={"factor": "2"}, seed=3, simulate=True)
     words = shlex.split(command_line(tmp_path / "a b.png", tmp_path, chosen))
@@ -434,7 +442,8 @@ def test_the_command_repeats_the_run(tmp_path):
         assert any(words[i : i + 2] == pair for i in range(len(words)))
     assert words[words.index("--simulate") + 1].startswith("--") and "True" not in words
     assert not {"--device", "--lpips-weights", "--antithetic"} & set(words)
-    chosen = settings(device="cpu", lpips_weights="weights/lpips.pth")
+    chosen = settings(device="cpu", lpips_weights="weights/lpips.pth", samples=4, antithetic=False)
+    assert "--independent" in command_line(tmp_path / "a.png", tmp_path, chosen).split()
     words = shlex.split(command_line(tmp_path / "a.png", tmp_path, chosen))
     for pair in (["--device", "cpu"], ["--lpips-weights", "weights/lpips.pth"]):
         assert any(words[i : i + 2] == pair for i in range(len(words)))

@@ -78,6 +78,14 @@ class Plan:
         """Return the bound of an image's loss for intervals of a level."""
         return min(1.0, 3 * (1 - level)) if self.worst is None else self.worst
 
+    def parts(self) -> list[tuple[slice, bool]]:
+        """Return which of the samples are calibrated together, and whether they are antithetic.
+
+        Of antithetic ones the first of each pair are independent, so half as many of these are calibrated too.
+        """
+        halves = [k for k in self.samples if self.antithetic and k >= 4]
+        return [*((slice(k), self.antithetic) for k in self.samples), *((slice(0, k, 2), False) for k in halves)]
+
     def check(self, images: int) -> None:
         """Raise ValueError where there are too few images for a level."""
         for level in self.levels:
@@ -305,8 +313,8 @@ def calibrate(
             if progress is not None:
                 progress(kind_name(word, kind), len(pairs), len(photos))
         for level in plan.levels:
-            for k in plan.samples:
-                few = ((replace(samples, x=samples.x[:k]), truth) for samples, truth in pairs)
+            for part, antithetic in plan.parts():
+                few = ((replace(samples, x=samples.x[part], antithetic=antithetic), truth) for samples, truth in pairs)
                 entries.append(Entry(word, kind, Calibration.fit(few, level, worst=plan.bound(level))))
     sha256 = str(read_header(sampler.folder)["sha256"])
     return Calibrations(sha256, outer(sampler), plan.crop, tuple(families), tuple(entries))

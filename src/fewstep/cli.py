@@ -90,8 +90,11 @@ def restore(  # noqa: PLR0913, PLR0917 - one parameter is one option
         str | None, typer.Option(help="A solver that steps with the method's prediction; --steps is then its.")
     ] = None,
     schedule: Schedule = None,
-    samples: Annotated[int, typer.Option(help="How many samples.")] = 16,
-    antithetic: Antithetic = False,
+    samples: Annotated[int, typer.Option(help="How many samples.")] = 8,
+    antithetic: Annotated[
+        bool | None,
+        typer.Option("--antithetic/--independent", help="Pairs with opposite noise, the default of an even number."),
+    ] = None,
     seed: Seed = 0,
     prior: Annotated[str, typer.Option(help="Name or folder of the prior.")] = "natural",
     simulate: Annotated[bool, typer.Option("--simulate", help="INPUT is clean: degrade it first, then score.")] = False,
@@ -199,7 +202,7 @@ def train(
     """Train a prior or a sampler by a recipe; started again with the same --out, it goes on where it stopped.
 
     Interrupted, it writes a checkpoint first and exits with code 130. Runs on several processes or machines under
-    `accelerate launch -m fewstep.cli train ...`.
+    `accelerate launch -m fewstep train ...`.
     """
     from fewstep import recipes
     from fewstep.processes import until_the_end

@@ -216,7 +216,7 @@ class _Run:
     def _verdict(self, count: int) -> Verdict | None:
         """Return what is known of the intervals of `count` samples; None where the method is no trained sampler."""
         task, chosen = self.task, self.chosen
-        asked = Asked(task.word.seen(task.y), task.sigma, count, chosen.level, chosen.antithetic)
+        asked = Asked(task.word.seen(task.y), task.sigma, count, chosen.level, chosen.paired)
         verdict = judge(self.sampler, asked)
         if verdict is None or not task.photo.grey:
             return verdict
@@ -228,7 +228,7 @@ class _Run:
             self.chosen.samples,
             seed=self.chosen.seed,
             chunk=self._chunk(),
-            antithetic=self.chosen.antithetic,
+            antithetic=self.chosen.paired,
             callback=self._report,
         ):
             if not store.count:
@@ -278,7 +278,7 @@ class _Run:
             "prior": chosen.prior,
             "seed": chosen.seed,
             "num_samples": store.count,
-            "antithetic": chosen.antithetic,
+            "antithetic": chosen.paired,
             "interrupted": interrupted,
             "nfe": store.counts.network,
             "vjp": store.counts.vjp,
@@ -311,7 +311,7 @@ class _Run:
             ]
         report = Report(
             title=f"{self.task.photo.path.name}, restored",
-            lead=f"{record['num_samples']}{' antithetic' * self.chosen.antithetic} samples by {self.chosen.method} "
+            lead=f"{record['num_samples']}{' antithetic' * self.chosen.paired} samples by {self.chosen.method} "
             f"under {record['operator']['description']}",
             pictures=pictures,
             maps=maps,

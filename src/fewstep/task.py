@@ -34,6 +34,7 @@ DEFAULT_PRIOR = "natural"
 PHOTO, PAPER = "photo", "paper"  # a method's settings for photographs, where it has some, go before the paper's
 QUANTISATION = 1 / 255 / math.sqrt(12)  # standard deviation of the rounding to 8 bits
 OTHERWISE = ("method", "method_fields", "operator_fields")  # settings that no "--name" of their own gives
+NOT = {"--antithetic": "--independent"}  # what switches a flag off
 JPEG = "jpeg"  # the operator of a photograph that is itself a JPEG file
 
 
@@ -49,7 +50,7 @@ class Settings:
         preset: named settings of the method; None takes its "photo" where it has one, else its "paper".
         method_fields: fields of the method, as values or as text; they go before the preset.
         samples: how many, K.
-        antithetic: whether samples come in pairs with opposite noise: their mean is that of many more; needs an even K.
+        antithetic: whether samples come in pairs with opposite noise: their mean is that of many more; None where K is even.
         seed: sample k depends on the measurement, the seed and k alone.
         solver: name of a solver that steps with the method's prediction, instead of the method itself; `steps` is then its.
         schedule: file of a tuned schedule, for that solver; its own where none is named.
@@ -67,8 +68,8 @@ class Settings:
     method: str = ""
     preset: str | None = None
     method_fields: Mapping[str, Any] = field(default_factory=dict)
-    samples: int = 16
-    antithetic: bool = False
+    samples: int = 8
+    antithetic: bool | None = None
     seed: int = 0
     solver: str | None = None
     schedule: Path | None = None
@@ -89,13 +90,18 @@ class Settings:
             raise ValueError(f"sigma is in units of [0, 1] images, got {self.sigma}; for 8-bit units divide by 255")
         if self.samples < 1:
             raise ValueError(f"samples must be at least 1, got {self.samples}")
-        check_pairs(self.samples, self.antithetic)
+        check_pairs(self.samples, bool(self.antithetic))
         if not 0 < self.level < 1:
             raise ValueError(f"level must lie in (0, 1), got {self.level}")
         if self.window <= 64:
             raise ValueError(f"windows must have more than 64 pixels per side, got {self.window}")
         if self.seed < 0:
             raise ValueError(f"seed must be a number from 0, got {self.seed}")
+
+    @property
+    def paired(self) -> bool:
+        """Whether samples come in pairs with opposite noise."""
+        return self.samples % 2 == 0 if self.antithetic is None else self.antithetic
 
 
 @dataclass(frozen=True)
@@ -223,7 +229,7 @@ def command_line(path: Path, out: Path, chosen: Settings) -> str:
         value = getattr(chosen, option.name)
         if option.name not in OTHERWISE and value is not None and value != option.default:
             flag = f"--{option.name.replace('_', '-')}"
-            words += [flag] if value is True else [flag, str(value)]
+            words += [flag] if value is True else [NOT[flag]] if value is False else [flag, str(value)]
     for name, value in chosen.operator_fields.items():
         words += [f"--{name.replace('_', '-')}", str(value)]
     for name, value in chosen.method_fields.items():

@@ -59,7 +59,7 @@ class UD2M(UnfoldedSampler):
         "paper": {},
         "paper-inpaint": {"scale": 13.0},
         "consistent": {"base": "annealed", "pairing": 2.0, "start": "gaussian", "eta": 1.0, "kernel": "bridge"},
-        "photo": {"network": "natural-general", "eta": 1.0, "kernel": "bridge"},
+        "photo": {"network": "natural-general", "eta": 0.0, "kernel": "bridge", "grid": (1.0, 0.2, 0.08, 0.0)},
     }
 
     def __post_init__(self) -> None:

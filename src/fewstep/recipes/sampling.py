@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from fewstep.core.problem import Posterior
 from fewstep.data import CropShape, RandomCrops, centre_batch
 from fewstep.measurements import Family, SimulatedMeasurements
 from fewstep.metrics import Missing, lpips_net
-from fewstep.unfolded.sampler import Unfolded
+from fewstep.unfolded.sampler import Unfolded, outer_steps
 
 
 @dataclass(frozen=True)
@@ -26,15 +26,18 @@ class SamplingFigures:
         size: side of the square crop.
         steps: outer steps of the sampler.
         samples: K.
+        outer: further fields of the sampler: eta, kernel, grid.
     """
 
     images: int = 8
     size: int = 96
     steps: int = 3
     samples: int = 2
+    outer: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_counts(self, "images", "size", "steps", "samples")
+        outer_steps(self.outer)
 
     def on(
         self, held_out: Sequence[Tensor], families: Sequence[Family], prior: Any, device: str = "cpu"
@@ -50,7 +53,7 @@ class SamplingFigures:
         return lambda contest: self._measure(contest, truths, likelihoods, prior)
 
     def _measure(self, contest: Any, truths: list[Tensor], likelihoods: list[Any], prior: Any) -> dict[str, float]:
-        sampler, rows = Unfolded(contest.network, steps=self.steps), []
+        sampler, rows = Unfolded(contest.network, self.steps, **outer_steps(self.outer)), []
         for truth, likelihood in zip(truths, likelihoods, strict=True):
             x = sampler(Posterior(prior, likelihood), self.samples, seed=0).x
             error = ((x.mean(0).clamp(-1, 1) - truth) / 2).square().mean()

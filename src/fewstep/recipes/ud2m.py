@@ -66,7 +66,8 @@ class UD2MRecipe:
         crops: batch shapes, in turn: [[count, size], ...].
         families: the operators, fields of `measurements.Family` each.
         training: fields of `TrainingOptions`.
-        validation: fields of `SamplingFigures`.
+        validation: fields of `SamplingFigures`, without `outer`.
+        outer: further fields of `Unfolded` (eta, kernel, grid) for validation and, in the header, for `load_sampler`.
         lora: fields of `LoRAConfig`, for a decoder that is trained through LoRA.
         checkpointing: recompute the iterations in the backward pass, so that memory does not grow with K.
         licence: of the trained weights, an SPDX name for the card.
@@ -93,6 +94,7 @@ class UD2MRecipe:
     fake: Mapping[str, Any] | None = None
     lora: Mapping[str, Any] | None = None
     checkpointing: bool = False
+    outer: Mapping[str, Any] = field(default_factory=dict)
     licence: str = "unknown"
     init: str = ""
 
@@ -120,7 +122,8 @@ class UD2MRecipe:
         objective, network = self.losses(prior, device), self.unfolded(prior, options.seed)
         photographs = list_images(data)
         training, held_out = split(photographs, self.holdout)
-        shapes, figures = crop_shapes(self.crops), build(SamplingFigures, self.validation, "validation")
+        shapes = crop_shapes(self.crops)
+        figures = build(SamplingFigures, {**self.validation, "outer": self.outer}, "validation")
         crops = RandomCrops([load_pixels(path, largest(shapes)) for path in training], shapes, options.seed)
         measurements = SimulatedMeasurements(crops, families, str(device))
         measurements.check()
@@ -130,6 +133,7 @@ class UD2MRecipe:
             "data": f"{len(photographs)} photographs, of which the last {self.holdout} in sorted order were held out",
             "command": f"fewstep train recipe.yaml {Path(data).name} --out {Path(out).name} --steps {options.steps}",
             "licence": self.licence,
+            **({"outer": self.outer} if self.outer else {}),
         }
         sources = {"data": files_hash(photographs), "prior_sha256": prior_hash(prior)}
         trainer = Trainer(

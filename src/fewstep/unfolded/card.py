@@ -41,6 +41,7 @@ def model_card(name: str, header: Mapping[str, Any]) -> str:
         "Command": f"`{header['command']}`" if "command" in header else "unknown",
         **({"Steps": f"{header['steps']} were done"} if "steps" in header else {}),
         **({"What was really run": header["what_was_run"]} if "what_was_run" in header else {}),
+        **({"Outer steps": ", ".join(f"{k} {v}" for k, v in header["outer"].items())} if "outer" in header else {}),
         "Hash": f"SHA-256 of `model.safetensors`: {header['sha256']}",
         "Licence": header.get("licence", "unknown"),
         "Written by": f"fewstep {header['library_version']}",

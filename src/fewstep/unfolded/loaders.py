@@ -7,7 +7,7 @@ from typing import Any
 
 from fewstep.core.files import read_header, write_bytes
 from fewstep.priors.unet import UNetDenoiser
-from fewstep.unfolded.sampler import Unfolded
+from fewstep.unfolded.sampler import Unfolded, outer_steps
 from fewstep.unfolded.store import CALIBRATION, FACTS, find_network, load_network, network_hash, save_network
 
 
@@ -21,7 +21,7 @@ def load_sampler(source: str | Path, steps: int = 3, *, prior: UNetDenoiser | No
             of such a folder on the Hugging Face hub, "owner/name": the only source that uses the network.
         steps: outer steps N.
         prior: the prior of an adapter; the one that its header names when absent.
-        **options: further fields of `Unfolded`: eta, kernel, grid.
+        **options: further fields of `Unfolded`: eta, kernel, grid; those that its header gives where absent.
 
     Raises:
         ValueError: nothing is found under `source`, it is damaged or belongs to another prior, or an option is unknown.
@@ -30,7 +30,9 @@ def load_sampler(source: str | Path, steps: int = 3, *, prior: UNetDenoiser | No
     network, header = load_network(folder, prior), read_header(folder)
     facts = {name: header[name] for name in FACTS if name in header} | {"sha256": network_hash(network)}
     try:
-        return Unfolded(network, steps, **options, folder=folder, facts=facts)
+        return Unfolded(
+            network, steps, **{**outer_steps(facts.get("outer", {})), **options}, folder=folder, facts=facts
+        )
     except TypeError as error:
         raise ValueError(f"{source}: {error}") from None
 
@@ -43,7 +45,7 @@ def save_sampler(sampler: Unfolded, folder: str | Path, **facts: Any) -> None:
     Args:
         sampler: trained or not; its steps are not kept.
         folder: where to.
-        **facts: for header and card, each optional: prior, recipe, data, command, licence.
+        **facts: for header and card, each optional: prior, recipe, data, command, licence, and outer: what to load it with.
 
     Raises:
         TypeError: the sampler has no network.

@@ -108,3 +108,10 @@ class Unfolded(UnfoldedSampler):
     def unfolded(self) -> UnfoldedNetwork:
         """See `UnfoldedSampler`."""
         return self.network
+
+
+def outer_steps(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of outer steps that a recipe or a header gives, as `Unfolded` takes them; ValueError for others."""
+    if unknown := set(given) - {"eta", "kernel", "grid"}:
+        raise ValueError(f"outer steps have eta, kernel and grid, not {', '.join(sorted(unknown))}")
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}

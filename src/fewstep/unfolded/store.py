@@ -27,7 +27,7 @@ from fewstep.unfolded.network import UnfoldedConfig, UnfoldedNetwork
 
 FORMAT, ADAPTER = "fewstep-unfolded", "fewstep-adapter"
 DECODERS: dict[str, type[AdaptedDecoder]] = {kind.__name__: kind for kind in (AdaptedDecoder, ContextDecoder)}
-FACTS = ("prior", "recipe", "data", "command", "steps", "licence", "what_was_run")  # what a header says of a training
+FACTS = ("prior", "recipe", "data", "command", "steps", "licence", "what_was_run", "outer")  # what a header says
 CALIBRATION = "calibration.json"  # beside the weights that it is of, see `fewstep.calibrated`
 FILES = (files.WEIGHTS, files.HEADER, "README.md", CALIBRATION)  # of a folder, the last two not always
 DENOISER = "decoder.denoiser."  # where the denoiser stands among the names of a network
