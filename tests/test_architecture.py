@@ -20,7 +20,7 @@ LAYERS = (
     {"objectives", "testing", "options", "measurements", "calibrated", "deepinv_model", "tuning"},
     {"densities", "checkpoints", "processes", "training", "recipes", "report", "outputs", "scores", "task", "restore"},
     {"bench", "commands"},
-    {"cli", "app"},
+    {"cli"},
     {"__main__"},
 )
 # packages that stand side by side: they know core and what is below, not each other

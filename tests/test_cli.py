@@ -232,6 +232,12 @@ def test_operators_table_equals_the_words(fewstep):
     assert "factor" in fewstep("operators", "sr")[1] and get_operator("sr").word == "sr"
 
 
+@pytest.mark.parametrize("words", [(), ("dds",)])
+def test_only_methods_and_solvers_are_listed_as_such(fewstep, words):
+    code, _, err = fewstep("methods", *words, "--kind", "teachers")
+    assert code == 2 and "neither a method nor a solver" in err
+
+
 def test_the_version(fewstep):
     code, out, _ = fewstep("--version")
     assert code == 0 and out.split() == ["fewstep", version("fewstep")]

@@ -82,7 +82,7 @@ def restore(  # noqa: PLR0913, PLR0917 - one parameter is one option
     sigma: Sigma = None,
     method: Annotated[str | None, typer.Option(help="The sampler; see `fewstep methods`.")] = None,
     preset: Annotated[
-        str | None, typer.Option(help="Named settings of the method; 'photo' where it has them, else 'paper'.")
+        str | None, typer.Option(help="Named settings of the method; 'photo' where it has them, else 'paper'; for JPEG 'jpeg'.")
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of the method; short for --set steps=N.")] = None,
     assign: Annotated[list[str] | None, typer.Option("--set", help="field=value of the method; repeatable.")] = None,
@@ -145,7 +145,7 @@ def simulate(
     sigma: Sigma = None,
     seed: Seed = 0,
 ) -> None:
-    """Degrade a photograph: writes measurement.png, the exact measurement.safetensors or measurement.jpg, and truth.png."""
+    """Degrade a photograph: writes measurement.png, measurement.safetensors (exact) or .jpg, truth.png, simulation.json."""
     from fewstep.commands.simulating import run
 
     run(path, out, operator, operator_options(context), sigma, seed)
@@ -174,7 +174,7 @@ def operators(name: Annotated[str | None, typer.Argument(help="One operator.")] 
 @app.command()
 def cite(
     name: Annotated[str, typer.Argument(help="A method.")],
-    kind: Annotated[str, typer.Option(help="methods or solvers.")] = "methods",
+    kind: Annotated[str, typer.Option(help="methods, solvers, teachers, ...")] = "methods",
 ) -> None:
     """Print the BibTeX entry of a method."""
     from fewstep.core.registry import get

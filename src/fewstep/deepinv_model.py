@@ -62,7 +62,7 @@ class DeepinvModel(nn.Module):
         return self
 
     def forward(self, y: Tensor, physics: Any, **_: Any) -> Tensor:
-        """Return the mean of K samples, (B, C, H, W) in [0, 1].
+        """Return the mean of K samples, (B, C, H, W), clipped to [0, 1] except in training with gradients.
 
         Args:
             y: measurements of images in [0, 1], (B, *measurement).

@@ -1,6 +1,7 @@
 """The folder is the list: a file in `methods/`, say, that defines one sampler is a method of that name.
 
-Other packages add theirs through the entry-point groups `fewstep.methods` and `fewstep.solvers`.
+Other packages add theirs through the entry-point groups `fewstep.methods`, `fewstep.solvers` and `fewstep.densities.teachers`,
+`.losses` and `.targets`.
 """
 
 from __future__ import annotations

@@ -304,7 +304,7 @@ def gaussian_jpeg(
 ) -> GaussianLikelihood:
     r"""Return the likelihood that takes the error of quantisation for Gaussian: q k = T x + n, n ~ N(0, (step_std q)^2 + slack^2).
 
-    It offers all that linear-Gaussian likelihoods do (every method takes it), and needs no iterations. Approximated: the error is
+    It offers all that linear-Gaussian likelihoods do (every method accepts it), and needs no iterations. Approximated: the error is
     uniform, of standard deviation q / sqrt(12), where many steps lie under the distribution of a coefficient; it is much
     smaller than that where nearly all coefficients round to 0, which a smaller `step_std` allows for.
 

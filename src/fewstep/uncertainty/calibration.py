@@ -5,13 +5,15 @@ L_i(lambda) in [0, 1] of pixels outside [c - lambda (c - l + floor), c + lambda 
 central interval [l, u] of the samples; it falls as lambda grows. Conformal risk control (Angelopoulos et al. 2022,
 arXiv:2208.02814, theorem 1) takes the smallest lambda with
 
-    (sum_i L_i(lambda) + 1) / (n + 1) <= 1 - level.
+    (sum_i min(L_i(lambda), worst) + worst) / (n + 1) <= 1 - level,
+
+1 being the worst there is; with a smaller bound an image that is missed by more counts as missed by that much.
 
 If the n images and the next one are exchangeable (same sampler, K, family of operators and noise levels, kind of images),
-then E L(lambda) <= 1 - level, the mean being over calibration sets and the next image together, for any sampler and any n.
-It promises nothing about a single image, a single pixel, flat against textured places, or another family; and for few images
-it is conservative, by up to 2 / (n + 1). The alternatives of Im2Im-UQ (Angelopoulos et al. 2022, arXiv:2202.05265) hold with high
-probability over the calibration set instead of on average, and need more images.
+then E min(L(lambda), worst) <= 1 - level, the mean being over calibration sets and the next image together, for any sampler
+and any n. It promises nothing about a single image, a single pixel, flat against textured places, or another family; and for few
+images it is conservative, by up to 2 worst / (n + 1). The alternatives of Im2Im-UQ (Angelopoulos et al. 2022, arXiv:2202.05265)
+hold with high probability over the calibration set instead of on average, and need more images.
 """
 
 from __future__ import annotations

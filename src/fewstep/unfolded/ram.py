@@ -124,7 +124,8 @@ def ram_network() -> nn.Module:
     if not file.is_file():
         raise ValueError(
             f"the start 'ram' needs the weights of deepinv's RAM, and {file} does not exist: set {RAM_VARIABLE} to their file, or "
-            'let deepinv download them once: python -c "import deepinv; deepinv.models.RAM()"'
+            'let deepinv download them once: python -c "from fewstep.compat import prepare_torchvision as prepare; prepare(); '
+            'import deepinv; deepinv.models.RAM()"'
         )
     return _load(file, own=not source)
 

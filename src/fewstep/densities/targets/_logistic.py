@@ -80,7 +80,7 @@ class PublishedPosterior(LogisticPosterior):
     """Logistic regression on one known table, with prior N(0, 1).
 
     Args:
-        data: see `LogisticPosterior`.
+        data: a CSV file whose last column is the label.
 
     Raises:
         ValueError: the file holds another table than `table`.

@@ -13,7 +13,7 @@ class LogisticRegression(LogisticPosterior):
     """The posterior of a logistic regression on `data`, a CSV file whose last column is the label.
 
     Args:
-        data: see `LogisticPosterior`.
+        data: a CSV file whose last column is the label.
         scale: standard deviation of the prior on every weight.
     """
 

@@ -15,7 +15,7 @@ class Sonar(PublishedPosterior):
     Prior N(0, 1) on every weight, as in Blessing et al. 2024, arXiv:2406.07423.
 
     Args:
-        data: see `LogisticPosterior`.
+        data: a CSV file whose last column is the label.
 
     Raises:
         ValueError: the file holds another table.
