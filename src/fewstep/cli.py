@@ -82,7 +82,8 @@ def restore(  # noqa: PLR0913, PLR0917 - one parameter is one option
     sigma: Sigma = None,
     method: Annotated[str | None, typer.Option(help="The sampler; see `fewstep methods`.")] = None,
     preset: Annotated[
-        str | None, typer.Option(help="Named settings of the method; 'photo' where it has them, else 'paper'; for JPEG 'jpeg'.")
+        str | None,
+        typer.Option(help="Named settings of the method; 'photo' where it has them, else 'paper'; for JPEG 'jpeg'."),
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of the method; short for --set steps=N.")] = None,
     assign: Annotated[list[str] | None, typer.Option("--set", help="field=value of the method; repeatable.")] = None,

@@ -31,7 +31,9 @@ def all_methods(kind: str) -> Table:
 def _summary(cls: type[Sampler]) -> dict[str, str]:
     """Return what there is to say of a method, by heading; ValueError for what is neither a method nor a solver."""
     if not issubclass(cls, Sampler):
-        raise ValueError(f"{cls.__name__} is neither a method nor a solver: `fewstep density` shows what densities have")
+        raise ValueError(
+            f"{cls.__name__} is neither a method nor a solver: `fewstep density` shows what densities have"
+        )
     calls, limit = _calls(cls), escape(f"{cls.exact}: {cls.limit}")
     head = {"source": escape(str(cls.reference))}
     if issubclass(cls, Solver):
