@@ -82,8 +82,7 @@ def restore(  # noqa: PLR0913, PLR0917 - one parameter is one option
     sigma: Sigma = None,
     method: Annotated[str | None, typer.Option(help="The sampler; see `fewstep methods`.")] = None,
     preset: Annotated[
-        str | None,
-        typer.Option(help="Named settings; 'jpeg' for a JPEG, 'photo' where the method has them, else 'paper'."),
+        str | None, typer.Option(help="Named settings; 'jpeg' for JPEG, 'photo' where there are such, else 'paper'.")
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of the method; short for --set steps=N.")] = None,
     assign: Annotated[list[str] | None, typer.Option("--set", help="field=value of the method; repeatable.")] = None,
