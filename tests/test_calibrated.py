@@ -423,7 +423,8 @@ def test_a_jpeg_file_shows_its_quality(quality):
 
 def run(path, folder, sampler, monkeypatch, **changes):
     monkeypatch.setattr(restoring, "build_sampler", lambda chosen: sampler)
-    chosen = Settings(**{"operator": "denoise", "sigma": 0.1, "samples": SAMPLES, "simulate": True, **changes})
+    quick = {"operator": "denoise", "sigma": 0.1, "samples": SAMPLES, "simulate": True, "antithetic": False}
+    chosen = Settings(**{**quick, **changes})
     return restore(path, folder, chosen, prior=PixelPrior())
 
 
@@ -497,12 +498,13 @@ def test_the_command_writes_the_file_beside_the_weights(tmp_path, sampler, monke
     assert [(c.num_samples, c.images, c.level) for c in fitted] == [(2, 5, 0.8), (3, 5, 0.8)]
     assert found.outer["steps"] == 1 and json.loads((sampler.folder / FILE).read_text())["crop"] == 16
     assert {e.word for e in found.entries} == {"denoise"}  # of the sampler's own recipe
+    assert not any(c.antithetic for c in fitted)  # 3 are no pairs
     rest = ["--limit", "4", "--crop", "16", "--set", "steps=1", "--device", "cpu"]
     words = ["calibrate", str(sampler.folder), str(folder), "--samples", "2", "--out", str(tmp_path / "copy")]
     for level in ("0.9", "0.85"):  # the second joins the first, in a folder that is a whole sampler
         assert CliRunner().invoke(app, [*words, "--level", level, *rest]).exit_code == 0
     joined = Calibrations.load(tmp_path / "copy")
-    assert [e.calibration.level for e in joined.entries] == [0.9, 0.85]
+    assert [(e.calibration.level, e.calibration.antithetic) for e in joined.entries] == [(0.9, True), (0.85, True)]
     assert open_network(str(tmp_path / "copy"))
     result = CliRunner().invoke(app, [*words, *rest[:2], "--crop", "32", *rest[4:]])
     assert "another crop" in str(result.exception) and "delete calibration.json" in str(result.exception)

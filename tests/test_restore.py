@@ -76,7 +76,7 @@ def test_antithetic_samples(tmp_path):
     assert torch.allclose(result.summary.std, variance.sqrt(), atol=1e-6)
     report = (tmp_path / "out" / "report.html").read_text()
     assert "4 antithetic samples by latino" in report and "--samples 4 --antithetic --simulate" in report
-    alone = run(write_png(tmp_path), tmp_path, samples=4, simulate=True)
+    alone = run(write_png(tmp_path), tmp_path, samples=4, antithetic=False, simulate=True)
     assert not alone.record["antithetic"] and not Samples.load(tmp_path / "out").antithetic
     with pytest.raises(ValueError, match="their number must be even, got 3"):
         run(write_png(tmp_path), tmp_path, antithetic=True)

@@ -48,7 +48,8 @@ app.add_typer(density, name="density")
 Sigma = Annotated[float | None, typer.Option(help="Noise standard deviation in units of [0, 1] images.")]
 Operator = Annotated[str | None, typer.Option(help="How the photograph was degraded; see `fewstep operators`.")]
 Antithetic = Annotated[
-    bool, typer.Option("--antithetic", help="Samples in pairs with opposite noise: their mean is that of many more.")
+    bool | None,
+    typer.Option("--antithetic/--independent", help="Pairs with opposite noise, as by default where they are even."),
 ]
 Seed = Annotated[int, typer.Option(help="Sample k depends on the measurement, the seed and k alone.")]
 Schedule = Annotated[Path | None, typer.Option(help="A file of `fewstep tune`: solver, settings and times.")]
@@ -91,10 +92,7 @@ def restore(  # noqa: PLR0913, PLR0917 - one parameter is one option
     ] = None,
     schedule: Schedule = None,
     samples: Annotated[int, typer.Option(help="How many samples.")] = 8,
-    antithetic: Annotated[
-        bool | None,
-        typer.Option("--antithetic/--independent", help="Pairs with opposite noise, the default of an even number."),
-    ] = None,
+    antithetic: Antithetic = None,
     seed: Seed = 0,
     prior: Annotated[str, typer.Option(help="Name or folder of the prior.")] = "natural",
     simulate: Annotated[bool, typer.Option("--simulate", help="INPUT is clean: degrade it first, then score.")] = False,
@@ -302,8 +300,8 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter is one option
     network: Annotated[str, typer.Argument(help="A trained sampler: name or folder.")],
     photos: Annotated[Path, typer.Argument(metavar="FOLDER", help="Photographs that it was not trained on.")],
     level: Annotated[list[float] | None, typer.Option(help="Probability of the intervals, .9; repeatable.")] = None,
-    samples: Annotated[list[int] | None, typer.Option(help="Samples per photograph, 16; repeatable.")] = None,
-    antithetic: Antithetic = False,
+    samples: Annotated[list[int] | None, typer.Option(help="Samples per photograph, 8; repeatable.")] = None,
+    antithetic: Antithetic = None,
     limit: Annotated[int | None, typer.Option(help="The last photographs in sorted order, so many of them.")] = None,
     crop: Annotated[int, typer.Option(help="Side of the square in the middle of each, pixels.")] = 128,
     recipe: Annotated[
@@ -330,13 +328,13 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter is one option
 
     plan = Plan(
         tuple(level or [0.9]),
-        tuple(samples or [16]),
+        tuple(numbers := samples or [8]),
         crop,
         worst,
         seed,
         words=tuple(operator or []),
         apart=cuts(apart or []),
-        antithetic=antithetic,
+        antithetic=not any(k % 2 for k in numbers) if antithetic is None else antithetic,
     )
     run(Job(network, photos, assignments(assign or []), recipe, limit, device, out), plan, console)
 

@@ -105,12 +105,12 @@ def main(  # noqa: PLR0913 - one parameter is one option
     fitted: int = 32,
     limit: int | None = None,
     crop: int = 64,
-    samples: int = 16,
+    samples: int = 8,
     worst: float | None = None,
     seed: int = 0,
     prior: str | Denoiser = "natural",
     chunk: int | None = None,
-    antithetic: bool = False,
+    antithetic: bool = True,
     kernels: str | Path | None = None,
 ) -> Report:
     """Calibrate and measure, print the tables, write the JSON report to `out` where given, and return it.
