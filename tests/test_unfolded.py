@@ -228,7 +228,7 @@ def test_starts():
     for start in ("gaussian", "pinv", "blend", "previous"):
         sampler = dataclasses.replace(UD2M.preset("consistent"), start=start, steps=2)
         assert bool(torch.isfinite(sampler(problem, 3).x).all())
-    with pytest.raises(ValueError, match="unknown start"):
+    with pytest.raises(ValueError, match="start must be one of gaussian"):
         UnfoldedConfig(start="no")
 
 

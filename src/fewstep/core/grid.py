@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fewstep.core.checks import one_of
 from fewstep.core.schedule import Schedule
 
 Grid = Callable[[Schedule, int], Tensor]
@@ -94,8 +95,7 @@ def times_of(grid: str | tuple[float, ...], schedule: Schedule, steps: int) -> T
         ValueError: an unknown name, or times that do not fall within [0, 1] or are too few to be resampled.
     """
     if isinstance(grid, str):
-        if grid not in GRIDS:
-            raise ValueError(f"unknown grid {grid!r}; choose one of {', '.join(GRIDS)}")
+        one_of("grid", grid, GRIDS)
         return GRIDS[grid](schedule, steps)
     times = torch.tensor(grid, dtype=torch.float64)
     if len(times) < 2 or not bool((times[1:] < times[:-1]).all()) or float(times[0]) > 1 or float(times[-1]) < 0:

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from fewstep.core.checks import one_of
 from fewstep.core.likelihood import GaussianLikelihood, Likelihood
 from fewstep.core.names import suggestion
 from fewstep.images import read_mask
@@ -72,8 +73,7 @@ class _Blur(Operator):
     )
 
     def __post_init__(self) -> None:
-        if self.boundary not in BOUNDARIES:
-            raise ValueError(f"unknown boundary {self.boundary!r}; choose one of {', '.join(BOUNDARIES)}")
+        one_of("boundary", self.boundary, BOUNDARIES)
 
     @abstractmethod
     def filter(self) -> Tensor:
