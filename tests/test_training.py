@@ -131,7 +131,7 @@ def test_units_and_center():
 def test_bad_images_are_named(tmp_path):
     with pytest.raises(ValueError, match="no images"):
         list_images(tmp_path)
-    with pytest.raises(ValueError, match="no images"):
+    with pytest.raises(ValueError, match="nowhere is not a folder"):
         list_images(tmp_path / "nowhere")
     (tmp_path / "b.png").write_bytes(b"no image")
     Image.fromarray(np.zeros((4, 5), np.uint8)).save(tmp_path / "a.jpg")

@@ -22,7 +22,7 @@ from fewstep.core.registry import get
 from fewstep.core.sampler import DiffusionSampler, Sampler
 from fewstep.core.schedule import VariancePreserving
 from fewstep.images import Photo
-from fewstep.operators.estimate import estimate_sigma
+from fewstep.operators.estimate import QUANTISATION, estimate_sigma
 from fewstep.operators.words import Operator, get_operator, operators
 from fewstep.options import typed_fields
 from fewstep.tuning.schedule_file import solver_of
@@ -32,7 +32,6 @@ from fewstep.unfolded.store import available_networks, find_network
 TRAINED, UNTRAINED = "ud2m", "latino"  # default methods for a prior with and without a trained sampler
 DEFAULT_PRIOR = "natural"
 PHOTO, PAPER = "photo", "paper"  # a method's settings for photographs, where it has some, go before the paper's
-QUANTISATION = 1 / 255 / math.sqrt(12)  # standard deviation of the rounding to 8 bits
 OTHERWISE = ("method", "method_fields", "operator_fields")  # settings that no "--name" of their own gives
 NOT = {"--antithetic": "--independent"}  # what switches a flag off
 JPEG = "jpeg"  # the operator of a photograph that is itself a JPEG file

@@ -55,11 +55,12 @@ def edm(schedule: Schedule, steps: int, rho: float = 7.0) -> Tensor:
     return _by_ratio(schedule, spaced(*_ends(schedule), steps, rho))
 
 
-def arctan(schedule: Schedule, steps: int, spread: float = 0.5) -> Tensor:
-    """Return the times that are best for first-order steps on N(0, spread^2 I), down to a ratio of 0.01, then 0.
+def arctan(schedule: Schedule, steps: int) -> Tensor:
+    """Return the times that are best for first-order steps on N(0, 0.5^2 I), down to a ratio of 0.01, then 0.
 
-    arctan(ratio / spread) is evenly spaced (Sabour et al. 2024, arXiv:2404.14507, theorem 3.1).
+    arctan(ratio / 0.5) is evenly spaced (Sabour et al. 2024, arXiv:2404.14507, theorem 3.1).
     """
+    spread = 0.5
     high, low = (torch.atan(end / spread) for end in _ends(schedule))
     angles = high + torch.linspace(0, 1, steps, dtype=torch.float64) * (low - high)
     return _by_ratio(schedule, spread * torch.tan(angles))

@@ -26,6 +26,7 @@ from fewstep.core.physics import check_measurement, fitting_adjoint, repeat_phys
 from fewstep.core.spectral import Function, circulant_of, inverse_square, significant, spectrum_of
 
 Linear = Callable[[Tensor], Tensor]
+_RCOND = 1e-3  # of pseudo-inverses
 
 
 class Likelihood(ABC):
@@ -183,12 +184,12 @@ class GaussianLikelihood(Likelihood):
         """Return A'A x, (N, *event)."""
         return self.A_adjoint(self.A(x))
 
-    def pinv(self, y: Tensor, rcond: float = 1e-3) -> Tensor:
-        """Return the pseudo-inverse A^+ y, singular values below `rcond` times the largest counting as null."""
+    def pinv(self, y: Tensor) -> Tensor:
+        """Return the pseudo-inverse A^+ y, singular values below a thousandth of the largest counting as null."""
         back = self.A_adjoint(y)
         if self.spectrum is not None:
-            return self.spectral(lambda s: inverse_square(s, significant(s, rcond)), back)
-        return cg(self.normal, back, tol=max(rcond, self.tol), max_iter=self.max_iter).x
+            return self.spectral(lambda s: inverse_square(s, significant(s, _RCOND)), back)
+        return cg(self.normal, back, tol=max(_RCOND, self.tol), max_iter=self.max_iter).x
 
     def prox(self, z: Tensor, rho: Tensor | float) -> Tensor:
         """See `Likelihood`; exact."""
