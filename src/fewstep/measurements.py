@@ -204,4 +204,4 @@ def likelihood_of(operator: Operator, sigma: float, x: torch.Tensor, seed: int) 
     """Return the likelihood of what is measured of x, (1, C, H, W) in [-1, 1]."""
     y = operator.simulate(to_unit(x), sigma, seed)
     where = {} if isinstance(y, torch.Tensor) else {"device": x.device}  # a file lies nowhere, a tensor beside x
-    return operator.likelihood(y, (x.shape[1], x.shape[2], x.shape[3]), sigma or None, **where)
+    return operator.likelihood(y, sigma or None, **where)
