@@ -158,7 +158,7 @@ def test_the_mean_error_is_over_principal_directions():
 def test_gaussian_benchmark_records_what_fails():
     sampler = get("diffpir")(steps=3, grid="nonsense")
     row = gaussian.measure(common.Variant("diffpir", "", sampler), gaussian_problem(), 10, 1, 0)
-    assert "unknown grid" in row["remark"] and "mean error" not in row
+    assert "grid must be one of" in row["remark"] and "mean error" not in row
 
 
 def test_subspaces_split_measured_from_unmeasured():

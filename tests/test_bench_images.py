@@ -249,7 +249,7 @@ def test_rows_of_another_version_are_not_taken_over(folder, given, tmp_path, mon
     assert run() and not calls
     marks = [(logs.fingerprint(given["prior"], 1), densities.mark("rings", 1))]
     for module in (logs, densities):
-        monkeypatch.setattr(module, "library_version", lambda: "99.0")
+        monkeypatch.setattr(module, "__version__", "99.0")
     marks.append((logs.fingerprint(given["prior"], 1), densities.mark("rings", 1)))
     assert run() and len(calls) == 1 and not set(marks[0]) & set(marks[1])
 

@@ -57,7 +57,7 @@ def measured(name):
 def test_deepinv_test_takes_it(name):
     operator, y = measured(name)
     prior = unet()
-    model = as_deepinv(Unfolded(network(prior).eval(), steps=2), prior, samples=2)
+    model = as_deepinv(Unfolded(network(prior).eval(), steps=2), prior, num_samples=2)
     data = DataLoader(list(zip(images(), y, strict=True)), batch_size=2)
     found = deepinv.test(model, data, operator, device="cpu", verbose=False, show_progress_bar=False)
     error = (model(y, operator) - images()).square().flatten(1).mean(1)

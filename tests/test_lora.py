@@ -51,7 +51,7 @@ def prior():
 def problem(prior):
     x = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     operators = [get_operator("denoise")(), get_operator("inpaint-random")()]
-    parts = [op.likelihood(op.simulate(x[b : b + 1], 0.05), None, 0.05) for b, op in enumerate(operators)]
+    parts = [op.likelihood(op.simulate(x[b : b + 1], 0.05), 0.05) for b, op in enumerate(operators)]
     return Posterior(prior, Together(parts)), from_unit(x)
 
 
@@ -267,7 +267,7 @@ def test_the_card_counts_the_calls_of_the_start(prior, tmp_path):
 
 def test_images_of_other_channels_are_refused(prior, problem):
     net = network(prior, lora=None, trained=0.05)
-    grey = get_operator("denoise")().likelihood(torch.rand(1, 1, 16, 16), None, 0.05)
+    grey = get_operator("denoise")().likelihood(torch.rand(1, 1, 16, 16), 0.05)
     with pytest.raises(ValueError, match="trained on images of 3 channels, not of 1"):
         Unfolded(net, steps=1).check(fewstep.Posterior(prior, grey))
 

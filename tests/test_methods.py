@@ -758,7 +758,7 @@ def test_stream_gives_what_the_call_gives_chunk_by_chunk():
     ("sampler", "fields", "match"),
     [
         (MMPS(steps=0), {}, "at least one step"),
-        (MMPS(steps=2, grid="nonsense"), {}, "unknown grid"),
+        (MMPS(steps=2, grid="nonsense"), {}, "grid must be one of"),
         (MMPS(steps=2.0), {}, "MMPS needs at least one step, and whole ones, got 2.0"),
         (MMPS(steps="2"), {}, "MMPS needs at least one step, and whole ones, got '2'"),
         (MMPS(steps=2), {"num_samples": 0}, "at least 1"),

@@ -145,7 +145,7 @@ def test_patches_in_the_metric_of_the_likelihood():
     x, parts = randn(2, 3, 16, 16), []
     for word, fields in (("deblur-gaussian", {"width": 1.0}), ("sr", {"factor": 2})):
         operator = get_operator(word)(**fields)
-        parts.append(operator.likelihood(operator.simulate(torch.rand(1, 3, 16, 16), 0.1), None, 0.1))
+        parts.append(operator.likelihood(operator.simulate(torch.rand(1, 3, 16, 16), 0.1), 0.1))
     whole = Patches(16, 16, (1,))
     (found,) = MeasuredPatches(whole, limit=1e6)(torch.cat([x, 2 * x]), Together(parts))
     expected = torch.stack([part.A(x[b : b + 1]).norm() / 0.2 for b, part in enumerate(parts)])  # [-1, 1] units

@@ -142,7 +142,7 @@ def test_boundaries():
     assert words.DeblurGaussian(1.0, boundary="circular").measured().boundary == "circular"
     assert blur.describe() == "deblur-gaussian (width 1.0)"
     assert blur.framed(image(1, 1)).shape == image(1, 1).shape and words.Denoise().measured() == words.Denoise()
-    with pytest.raises(ValueError, match="unknown boundary 'reflect'"):
+    with pytest.raises(ValueError, match=r"boundary must be one of .*, got 'reflect'"):
         words.DeblurUniform(boundary="reflect")
 
 
@@ -326,7 +326,6 @@ def test_a_flat_image_has_the_noise_of_rounding():
         (lambda t: words.Denoise().simulate(torch.full((1, 3, 8, 8), float("nan")), 0.1), "NaN"),
         (lambda t: words.Denoise().simulate(torch.ones(1, 3, 8, 8), -0.1), "negative"),
         (lambda t: words.DeblurUniform(size=3).likelihood(torch.ones(1, 3, 8, 8)), "needs the noise level"),
-        (lambda t: words.Denoise().likelihood(torch.ones(1, 3, 8, 8), (3, 9, 9), 0.1), "is of an image"),
     ],
 )
 def test_bad_input_is_named_in_one_line(call, message, tmp_path):
@@ -403,12 +402,12 @@ SHARP = {
 }
 
 
-def in_both_precisions(operator, y, shape, sigma):
+def in_both_precisions(operator, y, sigma):
     for dtype in (torch.float32, F64):
         if isinstance(y, torch.Tensor):
-            yield operator.likelihood(y.to(dtype), shape, sigma)
+            yield operator.likelihood(y.to(dtype), sigma)
         else:
-            yield operator.likelihood(y, shape, dtype=dtype)
+            yield operator.likelihood(y, dtype=dtype)
 
 
 @pytest.mark.parametrize("rho", [1.0, 152.0])  # the largest noise ratio that a shipped schedule starts from
@@ -419,7 +418,7 @@ def test_proximal_steps_from_pure_noise_are_those_of_double_precision(name, grey
     g = torch.Generator().manual_seed(0)
     x = torch.nn.functional.interpolate(torch.rand(1, 3, 6, 8, generator=g), (48, 64), mode="bicubic").clamp(0, 1)
     x = x[:, :1] if grey else x
-    single, double = in_both_precisions(operator, operator.simulate(x, sigma, seed=1), x.shape[1:], sigma)
+    single, double = in_both_precisions(operator, operator.simulate(x, sigma, seed=1), sigma)
     if grey:
         single, double = in_colour(single), in_colour(double)
     z = 0.1 * torch.randn(1, *single.event_shape, generator=g)

@@ -152,7 +152,7 @@ def test_the_shipped_prior_obeys_its_classes():
     """Of ten samples of each of three classes at eight calls, the classifier puts more than nine in ten where they belong."""
     classifier = Classifier.load()
     for label in (0, 1, 7):
-        drawn = Drawing(steps=8, count=10).sampler()(Source("digits", label=label).problem(), 10)
+        drawn = Drawing(steps=8, num_samples=10).sampler()(Source("digits", label=label).problem(), 10)
         assert float(classifier.histogram(drawn.x[:, 0])[label]) >= 0.8
 
 
@@ -160,18 +160,18 @@ def test_the_shipped_prior_obeys_its_classes():
 
 
 def test_sample_writes_samples_and_a_picture(fewstep, prior, tmp_path):
-    words = ("sample", prior, "--solver", "deis", "--steps", "4", "--num", "5", "--cond", "1", "--chunk", "2")
+    words = ("sample", prior, "--solver", "deis", "--steps", "4", "--samples", "5", "--cond", "1", "--chunk", "2")
     code, out, err = fewstep(*words, "--out", tmp_path / "o", "--grid-image", tmp_path / "g.png")
     assert (code, err) == (0, "") and "5 samples, 4 network calls each" in out
     drawn = Samples.load(tmp_path / "o")
-    whole = Drawing("deis", 4, count=5).sampler()(Source(str(prior), label=1).problem(), 5)
+    whole = Drawing("deis", 4, num_samples=5).sampler()(Source(str(prior), label=1).problem(), 5)
     torch.testing.assert_close(drawn.x, whole.x, rtol=1e-4, atol=1e-4)
     assert drawn.x.shape == (5, 1, 1, 8, 8)
     with Image.open(tmp_path / "g.png") as picture:
         assert picture.size == (32, 22)  # three columns and two rows of 8 pixels, 2 between
     record = json.loads((tmp_path / "o" / "sampling.json").read_text())
     assert record["label"] == 1 and record["nfe"] == 4
-    other = Drawing("deis", 4, count=5).sampler()(Source(str(prior), label=2).problem(), 5)
+    other = Drawing("deis", 4, num_samples=5).sampler()(Source(str(prior), label=2).problem(), 5)
     assert float((other.x - whole.x).abs().max()) > 1e-3
 
 
@@ -190,7 +190,7 @@ def test_tune_then_sample(fewstep, prior, tmp_path, method):
     file = tmp_path / "s.json"
     code, out, err = fewstep("tune", prior, "--method", method, "--steps", "3", "--out", file, *sets)
     assert (code, err) == (0, "") and "3 steps of" in out
-    code, out, err = fewstep("sample", prior, "--schedule", file, "--num", "2", "--out", tmp_path / "o")
+    code, out, err = fewstep("sample", prior, "--schedule", file, "--samples", "2", "--out", tmp_path / "o")
     assert (code, err) == (0, "") and "2 samples, 3 network calls each" in out
     code, out, err = fewstep("sample", prior, "--schedule", file, "--solver", "ddim", "--steps", "5", "--out", tmp_path)
     assert (code, err) == (0, "") and "5 network calls each" in out
@@ -249,6 +249,8 @@ def test_a_prior_without_classes_says_so(tmp_path):
 
 def test_the_seed_changes_the_draws_of_the_command(fewstep, prior, tmp_path):
     for seed in (0, 1):
-        code, *said = fewstep("sample", prior, "--num", 2, "--steps", 2, "--seed", seed, "--out", tmp_path / str(seed))
+        code, *said = fewstep(
+            "sample", prior, "--samples", 2, "--steps", 2, "--seed", seed, "--out", tmp_path / str(seed)
+        )
         assert not code, said
     assert not torch.equal(*(Samples.load(tmp_path / str(seed)).x for seed in (0, 1)))

@@ -131,7 +131,7 @@ def test_units_and_center():
 def test_bad_images_are_named(tmp_path):
     with pytest.raises(ValueError, match="no images"):
         list_images(tmp_path)
-    with pytest.raises(ValueError, match="no images"):
+    with pytest.raises(ValueError, match="nowhere is not a folder"):
         list_images(tmp_path / "nowhere")
     (tmp_path / "b.png").write_bytes(b"no image")
     Image.fromarray(np.zeros((4, 5), np.uint8)).save(tmp_path / "a.jpg")
@@ -564,11 +564,11 @@ def test_train_prior_ends_with_a_prior_that_loads(tmp_path):
 @pytest.mark.parametrize(
     ("old", "new", "match"),
     [
-        ("holdout", "holduot", "did you mean 'holdout'"),
-        ("widths", "width", "did you mean 'widths'"),
-        ("warmup", "warm_up", "did you mean 'warmup'"),
-        ("median", "zzz", "known keys"),
-        ("holdout: 1", "families: []", r"kind prior\): unknown key 'families'; known keys: kind, holdout"),
+        ("holdout", "holduot", "did you mean holdout"),
+        ("widths", "width", "did you mean widths"),
+        ("warmup", "warm_up", "did you mean warmup"),
+        ("median", "zzz", "choose one of"),
+        ("holdout: 1", "families: []", r"kind prior\): unknown key 'families'; choose one of crops, holdout, kind"),
         ("holdout: 1", "", "lacks holdout"),
         ("holdout: 1", "holdout: 3", "there are 3 images"),
         ("holdout: 1", "holdout: one", "holdout is 'one'"),

@@ -138,7 +138,7 @@ def image_problem(prior):
     parts = []
     for b, (word, fields) in enumerate([("deblur-gaussian", {"width": 1.0}), ("inpaint-random", {})]):
         operator = get_operator(word)(**fields)
-        parts.append(operator.likelihood(operator.simulate(x[b : b + 1], 0.05), None, 0.05))
+        parts.append(operator.likelihood(operator.simulate(x[b : b + 1], 0.05), 0.05))
     return Posterior(prior, Together(parts)), from_unit(x)
 
 
@@ -228,7 +228,7 @@ def test_starts():
     for start in ("gaussian", "pinv", "blend", "previous"):
         sampler = dataclasses.replace(UD2M.preset("consistent"), start=start, steps=2)
         assert bool(torch.isfinite(sampler(problem, 3).x).all())
-    with pytest.raises(ValueError, match="unknown start"):
+    with pytest.raises(ValueError, match="start must be one of gaussian"):
         UnfoldedConfig(start="no")
 
 
@@ -256,7 +256,7 @@ def given():
         [("deblur-gaussian", {"width": 1.0}), ("inpaint-random", {}), ("sr", {"factor": 2})]
     ):
         operator = get_operator(word)(**fields)
-        parts.append(operator.likelihood(operator.simulate(x[b : b + 1], 0.05), None, 0.05))
+        parts.append(operator.likelihood(operator.simulate(x[b : b + 1], 0.05), 0.05))
     alpha, sigma = fewstep.VariancePreserving()(torch.tensor([1.0, 0.5, 0.05]))
     x_t = alpha[:, None, None, None] * from_unit(x) + sigma[:, None, None, None] * Noise(range(3)).randn_like(x)
     return Given(Together(parts), x_t, alpha, sigma, None)

@@ -15,9 +15,10 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
+from fewstep import __version__
 from fewstep.core.checks import check_pairs
 from fewstep.core.denoiser import Denoiser
-from fewstep.core.files import library_version, read_header, write_json
+from fewstep.core.files import read_header, write_json
 from fewstep.core.noise import mix
 from fewstep.core.problem import Posterior
 from fewstep.core.sampler import Sampler
@@ -167,7 +168,7 @@ class Calibrations:
         """Write `calibration.json` into `folder`, atomically."""
         values = {
             "format": FORMAT,
-            "library_version": library_version(),
+            "library_version": __version__,
             "sha256": self.sha256,
             "outer": self.outer,
             "crop": self.crop,
@@ -221,7 +222,7 @@ class Calibrations:
 
     def outside(self, operator: Operator, sigma: float | None) -> tuple[str, ...]:
         """Return in what an operator differs from the nearest family; empty where one holds it."""
-        gaps = [family.outside(operator, sigma or 0.0) for family in self._of(operator.word)]
+        gaps = [family.outside(operator, sigma or 0.0) for family in self.families if family.word == operator.word]
         return min(gaps, key=len) if gaps else (f"no {operator.word} among the operators of training",)
 
     def find(self, asked: Asked) -> Entry | None:
@@ -256,9 +257,6 @@ class Calibrations:
             f"{c.num_samples}{' antithetic' * c.antithetic} samples at level {c.level:g}" for c in fitted
         )
         return f"{word} is calibrated for {' or '.join(offers)}" if offers else f"there is no calibration for {word}"
-
-    def _of(self, word: str) -> list[Family]:
-        return [family for family in self.families if family.word == word]
 
 
 def _listed(value: Any) -> Any:

@@ -249,7 +249,7 @@ def sample(  # noqa: PLR0913, PLR0917 - one parameter is one option
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of the solver.")] = None,
     assign: Annotated[list[str] | None, typer.Option("--set", help="field=value of the solver; repeatable.")] = None,
-    num: Annotated[int, typer.Option(help="How many samples.")] = 16,
+    samples: Annotated[int, typer.Option(help="How many.")] = 16,
     seed: Annotated[int, typer.Option(help="Sample k depends on the seed and k alone.")] = 0,
     label: Label = None,
     size: Size = None,
@@ -264,7 +264,7 @@ def sample(  # noqa: PLR0913, PLR0917 - one parameter is one option
     from fewstep.commands.sampling import Drawing, Source, sample
     from fewstep.options import assignments
 
-    drawing = Drawing(solver, steps, assignments(assign or []), schedule, num, seed, chunk)
+    drawing = Drawing(solver, steps, assignments(assign or []), schedule, samples, seed, chunk)
     source = Source(prior, size, label, device)
     sample(source, drawing, console, out=out, grid_image=grid_image, quiet=quiet)
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.images import read_photo, visible
+from fewstep.images import list_photos, read_photo
 
 T = TypeVar("T")
 SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -19,10 +19,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png")
 
 def list_images(folder: str | Path) -> list[Path]:
     """Return the jpg and png files of `folder` in sorted order; ValueError where there are none."""
-    paths = sorted(visible(folder, SUFFIXES)) if Path(folder).is_dir() else []
-    if not paths:
-        raise ValueError(f"no images ({', '.join(SUFFIXES)}) in {folder}")
-    return paths
+    return list_photos(folder, SUFFIXES)
 
 
 def load_pixels(path: Path, least: int = 1) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from fewstep.core.checks import check_pairs
+from fewstep.core.checks import check_count, check_pairs
 from fewstep.core.denoiser import Denoiser
 from fewstep.core.noise import Antithetic, Noise
 from fewstep.core.problem import Posterior, check_prior
@@ -27,7 +27,7 @@ class DeepinvModel(nn.Module):
     Args:
         sampler: any sampler; networks among its fields move with this module and are its parameters.
         prior: the diffusion prior.
-        samples: K, how many samples are averaged.
+        num_samples: K, how many samples are averaged.
         seed: of the samples.
         chunk: the most items that go through the network at once; None for all of them.
         antithetic: whether they come in pairs with opposite noise, see `Sampler`: two are then worth many.
@@ -37,7 +37,7 @@ class DeepinvModel(nn.Module):
         self,
         sampler: Sampler,
         prior: Denoiser,
-        samples: int = 1,
+        num_samples: int = 1,
         seed: int = 0,
         chunk: int | None = None,
         antithetic: bool = False,
@@ -46,11 +46,10 @@ class DeepinvModel(nn.Module):
         if not isinstance(sampler, Sampler):
             raise TypeError(f"the sampler must be a Sampler, got {sampler!r}; fewstep.get(name)() makes one")
         check_prior(prior)
-        if samples < 1:
-            raise ValueError(f"samples must be at least 1, got {samples}")
-        check_pairs(samples, antithetic)
+        check_count("num_samples", num_samples)
+        check_pairs(num_samples, antithetic)
         self.sampler, self.prior = sampler, prior
-        self.samples, self.seed, self.chunk, self.antithetic = samples, seed, chunk, antithetic
+        self.num_samples, self.seed, self.chunk, self.antithetic = num_samples, seed, chunk, antithetic
         values = (getattr(sampler, f.name) for f in fields(sampler))  # type: ignore[arg-type]
         self.networks = nn.ModuleList(value for value in values if isinstance(value, nn.Module))
 
@@ -75,20 +74,17 @@ class DeepinvModel(nn.Module):
         problem = Posterior(self.prior, image_likelihood(y, physics, gaussian_level(physics)))
         if self.training and torch.is_grad_enabled():
             return to_unit(self._differentiable(problem))
-        drawn = self.sampler(problem, self.samples, seed=self.seed, chunk=self.chunk, antithetic=self.antithetic)
+        drawn = self.sampler(problem, self.num_samples, seed=self.seed, chunk=self.chunk, antithetic=self.antithetic)
         return to_unit(drawn.mean).clamp(0, 1)
 
     def _differentiable(self, problem: Posterior) -> Tensor:
         """Return the same mean with its graph, (B, *event)."""
-        self.sampler.check(problem, self.samples)
-        likelihood, items = problem.likelihood, problem.expand(self.samples)
+        self.sampler.check(problem, self.num_samples)
+        likelihood, items = problem.likelihood, problem.expand(self.num_samples)
         seeds = [self.seed] * likelihood.batch
         source = Antithetic if self.antithetic else Noise
-        noise = source.spawn(seeds, range(self.samples), likelihood.dtype, likelihood.device)
-        state = self.sampler.init(items, noise)
-        for k in range(self.sampler.steps):
-            state = self.sampler.step(items, state, k, noise)
-        return self.sampler.output(state).unflatten(0, (self.samples, -1)).mean(0)
+        noise = source.spawn(seeds, range(self.num_samples), likelihood.dtype, likelihood.device)
+        return self.sampler.run(items, noise).unflatten(0, (self.num_samples, -1)).mean(0)
 
 
 def gaussian_level(physics: Any) -> Tensor | float:
@@ -109,7 +105,7 @@ def gaussian_level(physics: Any) -> Tensor | float:
 def as_deepinv(
     sampler: Sampler,
     prior: Denoiser,
-    samples: int = 1,
+    num_samples: int = 1,
     *,
     seed: int = 0,
     chunk: int | None = None,
@@ -122,9 +118,9 @@ def as_deepinv(
     Args:
         sampler: of `load_sampler`, or any other.
         prior: the diffusion prior.
-        samples: K, whose mean is returned.
+        num_samples: K, whose mean is returned.
         seed: of the samples.
         chunk: the most items that go through the network at once.
         antithetic: whether they come in pairs with opposite noise, see `Sampler`.
     """
-    return DeepinvModel(sampler, prior, samples, seed, chunk, antithetic).eval()
+    return DeepinvModel(sampler, prior, num_samples, seed, chunk, antithetic).eval()

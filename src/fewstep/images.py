@@ -11,7 +11,7 @@ import logging
 import struct
 import warnings
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,19 +132,15 @@ def png_bytes(pixels: np.ndarray, profile: bytes | None = None) -> bytes:
     return buffer.getvalue()
 
 
-def list_photos(folder: str | Path) -> list[Path]:
-    """Return the image files of a folder in sorted order; ValueError where there are none."""
+def list_photos(folder: str | Path, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
+    """Return the image files of a folder, under names of these endings, in sorted order; ValueError where there are none."""
     if not Path(folder).is_dir():
         raise ValueError(f"{folder} is not a folder")
-    paths = sorted(p for p in visible(folder, SUFFIXES) if p.is_file())
+    found = (p for p in Path(folder).iterdir() if p.suffix.lower() in suffixes and p.is_file())
+    paths = sorted(p for p in found if not p.name.startswith("."))  # macOS writes "._x.png" beside x.png
     if not paths:
-        raise ValueError(f"no images ({', '.join(SUFFIXES)}) in {folder}")
+        raise ValueError(f"no images ({', '.join(suffixes)}) in {folder}")
     return paths
-
-
-def visible(folder: str | Path, suffixes: Sequence[str]) -> Iterator[Path]:
-    """Return what lies in a folder under names of these endings, but what is hidden: macOS writes "._x.png" beside x.png."""
-    return (p for p in Path(folder).iterdir() if p.suffix.lower() in suffixes and not p.name.startswith("."))
 
 
 def _check_file(path: Path) -> None:

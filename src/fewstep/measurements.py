@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fewstep.core.names import suggestion
 from fewstep.core.together import Together
 from fewstep.data import RandomCrops
 from fewstep.operators.base import Operator
@@ -44,9 +44,7 @@ class Family:
         known = [f.name for f in dataclasses.fields(get_operator(self.word))]  # type: ignore[arg-type]
         for name in self.fields:
             if name not in known:
-                near = difflib.get_close_matches(name, known, 1)
-                hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known) or 'none'}"
-                raise ValueError(f"operator {self.word} has no field {name!r}; {hint}")
+                raise ValueError(f"operator {self.word} has no field {name!r}; {suggestion(name, known)}")
         if self.weight < 0:
             raise ValueError(f"the weight of {self.word} must not be negative")
         for entry in [*self.fields.values(), self.sigma]:
@@ -206,4 +204,4 @@ def likelihood_of(operator: Operator, sigma: float, x: torch.Tensor, seed: int) 
     """Return the likelihood of what is measured of x, (1, C, H, W) in [-1, 1]."""
     y = operator.simulate(to_unit(x), sigma, seed)
     where = {} if isinstance(y, torch.Tensor) else {"device": x.device}  # a file lies nowhere, a tensor beside x
-    return operator.likelihood(y, (x.shape[1], x.shape[2], x.shape[3]), sigma or None, **where)
+    return operator.likelihood(y, sigma or None, **where)

@@ -170,7 +170,6 @@ class _Run:
         self.folder, self.chosen, self.sampler, self.task = folder, chosen, sampler, task
         self.problem, self.progress = problem, progress
         self.scores = Truth(task.truth, chosen.lpips_weights)
-        self.sample: Tensor | None = None  # the first one, for the report
         self.notes: tuple[str, ...] = task.notes
         self.begin = time.perf_counter()
 
@@ -237,7 +236,6 @@ class _Run:
                 sample = self.task.word.framed(self.output(x.float().cpu()))
                 self._save(sample, f"sample-{number:02d}.png")
                 self.scores.see(sample)
-                self.sample = sample if self.sample is None else self.sample
             store.append(part)
 
     def _begin(self) -> None:
@@ -294,13 +292,13 @@ class _Run:
         }
 
     def _write_report(self, record: dict[str, Any], summary: Summary | None) -> None:
-        if summary is None or self.sample is None:
+        if summary is None or self.scores.first is None:
             return
         percent = f"{100 * self.chosen.level:.0f} %"
         pictures = [
             Picture("Measurement", self.task.baseline),
             Picture("Mean: the average of the samples", summary.mean),
-            Picture("Sample: one of them", self.sample),
+            Picture("Sample: one of them", self.scores.first),
             *([Picture("Truth", self.task.truth)] if self.task.truth is not None else []),
         ]
         maps = []

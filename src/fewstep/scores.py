@@ -26,11 +26,10 @@ class Truth:
     first: Tensor | None = None
 
     def see(self, sample: Tensor) -> None:
-        """Score one sample, (1, 3, H, W) in [0, 1]; the first is kept for LPIPS."""
-        if self.x is None:
-            return
-        self.psnr_samples.append(psnr(sample, self.x))
+        """Score one sample, (1, 3, H, W) in [0, 1]; the first is kept, for LPIPS and to be shown."""
         self.first = sample if self.first is None else self.first
+        if self.x is not None:
+            self.psnr_samples.append(psnr(sample, self.x))
 
     def scores(self, baseline: Tensor, summary: Summary | None, level: float) -> dict[str, Any]:
         """Return the scores for `result.json`; what cannot be had is None, the reasons are under "missing"."""

@@ -102,7 +102,7 @@ class SampleStore:
         rows = max(1, _STRIP // (self.shape[-1] * self.shape[1]))
         for first in range(0, self.shape[-2], rows):
             strip = slice(first, min(first + rows, self.shape[-2]))
-            drawn = Samples(self._read(strip), self.counts, 0.0, self.method, self.seeds, antithetic=self.antithetic)
+            drawn = self._samples(self._read(strip))
             samples = replace(drawn, x=to_output(drawn.x))
             mean[..., strip, :] = samples.mean
             if std is not None and lower is not None and upper is not None:
@@ -110,6 +110,10 @@ class SampleStore:
                 ends = samples.interval(level) if calibration is None else map(to_output, calibration.apply(drawn))
                 lower[..., strip, :], upper[..., strip, :] = ends
         return Summary(mean, std, lower, upper)
+
+    def _samples(self, x: Tensor) -> Samples:
+        """Return what was written so far, or a part of it, with what is known of it."""
+        return Samples(x, self.counts, self.seconds, self.method, self.seeds, antithetic=self.antithetic)
 
     def _read(self, rows: slice) -> Tensor:
         """Return some rows of every sample, (K, 1, C, rows, W) float32."""
@@ -125,18 +129,9 @@ class SampleStore:
         return torch.from_numpy(out).float()
 
     def _finish(self) -> None:
-        metadata = {
-            "format": "fewstep.samples",
-            "method": self.method,
-            "seeds": json.dumps(self.seeds),
-            "first": "0",
-            "antithetic": json.dumps(self.antithetic),
-            "counts": json.dumps(vars(self.counts)),
-            "seconds": str(self.seconds),
-        }
         size = self.count * self._bytes
         tensor = {"dtype": _NAMES[self.dtype], "shape": [self.count, *self.shape], "data_offsets": [0, size]}
-        header = json.dumps({"__metadata__": metadata, "x": tensor}).encode()
+        header = json.dumps({"__metadata__": self._samples(torch.empty(0)).header, "x": tensor}).encode()
         self._file.seek(0)
         self._file.write((self._room - 8).to_bytes(8, "little") + header.ljust(self._room - 8))
         self._file.truncate(self._room + size)

@@ -6,14 +6,14 @@ import math
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from numbers import Integral, Real
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fewstep.core.checks import check_pairs
+from fewstep.core.checks import check_count, check_pairs
 from fewstep.core.driven import Driven
 from fewstep.core.files import read_header
 from fewstep.core.grid import times_of
@@ -22,7 +22,7 @@ from fewstep.core.registry import get
 from fewstep.core.sampler import DiffusionSampler, Sampler
 from fewstep.core.schedule import VariancePreserving
 from fewstep.images import Photo
-from fewstep.operators.estimate import estimate_sigma
+from fewstep.operators.estimate import QUANTISATION, estimate_sigma
 from fewstep.operators.words import Operator, get_operator, operators
 from fewstep.options import typed_fields
 from fewstep.tuning.schedule_file import solver_of
@@ -32,7 +32,6 @@ from fewstep.unfolded.store import available_networks, find_network
 TRAINED, UNTRAINED = "ud2m", "latino"  # default methods for a prior with and without a trained sampler
 DEFAULT_PRIOR = "natural"
 PHOTO, PAPER = "photo", "paper"  # a method's settings for photographs, where it has some, go before the paper's
-QUANTISATION = 1 / 255 / math.sqrt(12)  # standard deviation of the rounding to 8 bits
 OTHERWISE = ("method", "method_fields", "operator_fields")  # settings that no "--name" of their own gives
 NOT = {"--antithetic": "--independent"}  # what switches a flag off
 JPEG = "jpeg"  # the operator of a photograph that is itself a JPEG file
@@ -81,20 +80,17 @@ class Settings:
     device: str | None = None
 
     def __post_init__(self) -> None:
-        _check_kind(self, Integral, "a whole number", "samples", "window")
+        check_count("samples", self.samples)
+        check_count("window", self.window, least=65)
         _check_kind(self, int, "a whole number", "seed")  # it is written to JSON
         _check_kind(self, Real, "a number", "level", *(["sigma"] if self.sigma is not None else []))
         if self.sigma is not None and not (math.isfinite(self.sigma) and self.sigma >= 0):
             raise ValueError(f"sigma must be finite and not negative, got {self.sigma}")
         if self.sigma is not None and self.sigma > 1:
             raise ValueError(f"sigma is in units of [0, 1] images, got {self.sigma}; for 8-bit units divide by 255")
-        if self.samples < 1:
-            raise ValueError(f"samples must be at least 1, got {self.samples}")
         check_pairs(self.samples, bool(self.antithetic))
         if not 0 < self.level < 1:
             raise ValueError(f"level must lie in (0, 1), got {self.level}")
-        if self.window <= 64:
-            raise ValueError(f"windows must have more than 64 pixels per side, got {self.window}")
         if self.seed < 0:
             raise ValueError(f"seed must be a number from 0, got {self.seed}")
 
@@ -149,7 +145,9 @@ def build_sampler(chosen: Settings) -> Sampler:
     if driven:
         steps = {name: value for name, value in chosen.method_fields.items() if name not in own}
         sampler = Driven(sampler, solver_of(chosen.solver, chosen.schedule, steps))
-    _check_steps(sampler)
+    sampler.check_steps()
+    if isinstance(sampler, DiffusionSampler):
+        times_of(sampler.grid, VariancePreserving(), sampler.steps)  # no grid is refused whatever the prior
     return sampler
 
 
@@ -175,14 +173,6 @@ def _check_kind(chosen: Settings, kind: type, what: str, *names: str) -> None:
         value = getattr(chosen, name)
         if not isinstance(value, kind) or isinstance(value, bool):
             raise ValueError(f"{name} must be {what}, got {value!r}")
-
-
-def _check_steps(sampler: Sampler) -> None:
-    """Raise ValueError where the steps of a sampler or its grid are none, whatever the prior."""
-    if not isinstance(sampler.steps, int) or sampler.steps < 1:
-        raise ValueError(f"{type(sampler).__name__} needs at least one step, and whole ones, got {sampler.steps!r}")
-    if isinstance(sampler, DiffusionSampler):
-        times_of(sampler.grid, VariancePreserving(), sampler.steps)
 
 
 def _check_prior(folder: Path, prior: str) -> None:

@@ -21,7 +21,8 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from fewstep.core.files import library_version, write_bytes
+from fewstep import __version__
+from fewstep.core.files import write_bytes
 from fewstep.core.registry import available, get
 from fewstep.core.sampler import Sampler
 from fewstep.core.samples import Samples
@@ -182,7 +183,7 @@ def header() -> dict[str, Any]:
     """Return command, version, commit, machine and date."""
     return {
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "version": library_version(),
+        "version": __version__,
         "commit": commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine(),

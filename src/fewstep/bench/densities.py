@@ -17,6 +17,7 @@ from typing import Any, cast
 
 from rich.progress import track
 
+from fewstep import __version__
 from fewstep.bench.common import FAILURES, REMARK, Report, failure
 from fewstep.bench.density_figures import PUBLISHED, Sizes, Truth
 from fewstep.bench.density_published import beside
@@ -26,7 +27,6 @@ from fewstep.bench.density_tables import EQUAL, costed, ordered, starred, summar
 from fewstep.bench.log import Log
 from fewstep.bench.trials import kept
 from fewstep.core.density import TargetDensity
-from fewstep.core.files import library_version
 from fewstep.core.noise import mix
 from fewstep.densities.base import Transport
 from fewstep.densities.draws import Draws
@@ -176,7 +176,7 @@ def known(name: str, data: Path | None) -> TargetDensity:
 
 def mark(name: str, *given: Any) -> str:
     """Return a hash of what rows of a target depend on, the version that made them among it."""
-    return hashlib.sha256(repr((library_version(), name, *given)).encode()).hexdigest()[:16]
+    return hashlib.sha256(repr((__version__, name, *given)).encode()).hexdigest()[:16]
 
 
 class Bench:

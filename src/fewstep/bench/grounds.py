@@ -131,14 +131,9 @@ def exact_flow(prior: MixturePrior, problem: Posterior, count: int, seed: int) -
 @torch.no_grad()
 def deterministic(sampler: Sampler, problem: Posterior) -> bool:
     """Return whether steps from one start under other noise lead to the same end."""
-    item = problem.expand(1)
-    start, ends = sampler.init(item, Noise([1], problem.likelihood.dtype)).x, []
-    for seed in (3, 5):
-        state, noise = State(start), Noise([seed], problem.likelihood.dtype)
-        for k in range(sampler.steps):
-            state = sampler.step(item, state, k, noise)
-        ends.append(sampler.output(state))
-    return torch.equal(*ends)
+    item, dtype = problem.expand(1), problem.likelihood.dtype
+    start = State(sampler.init(item, Noise([1], dtype)).x)
+    return torch.equal(*(sampler.run(item, Noise([seed], dtype), start) for seed in (3, 5)))
 
 
 def _floor_row(ground: Ground, x: Tensor) -> dict[str, Any]:

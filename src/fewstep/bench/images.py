@@ -238,7 +238,7 @@ def row_mark(where: str, entry: Variant, asked: Asked) -> str:
 
 def baseline_row(task: Task, y: Any, truth: Tensor, setup: Setup) -> tuple[dict[str, Any], Tensor]:
     """Return the measures of the image to beat, and the image; both, as all others, within the frame of the measurement."""
-    x = task.operator.baseline(y, tuple(truth.shape[1:])).clamp(0, 1)  # type: ignore[arg-type]
+    x = task.operator.baseline(y).clamp(0, 1)
     truth = task.operator.framed(truth)
     return {"PSNR mean": psnr(x, truth), **_perceptual(x, truth, "mean", setup)}, x
 
@@ -248,7 +248,7 @@ def method_row(
 ) -> tuple[dict[str, Any], Tensor | None]:
     """Return the measures of one method on one measurement and its first sample in [0, 1], or why there are none."""
     try:
-        likelihood = task.operator.likelihood(y, tuple(truth.shape[1:]), task.sigma)  # type: ignore[arg-type]
+        likelihood = task.operator.likelihood(y, task.sigma)
         if missing := entry.sampler.needs - likelihood.provides:
             return {"remark": f"not applicable: needs {', '.join(sorted(missing))}"}, None
         with PeakMemory() as memory:

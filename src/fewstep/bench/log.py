@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep import __version__
 from fewstep.bench.common import FAILED, REMARK
 from fewstep.core.denoiser import Denoiser
-from fewstep.core.files import library_version
 from fewstep.images import load_image, save_image
 
 
 def fingerprint(prior: Denoiser, *given: Any) -> str:
     """Return a hash of a prior's weights, of all settings that a row depends on, and of the version that made it."""
-    digest = hashlib.sha256(repr((library_version(), *given)).encode())
+    digest = hashlib.sha256(repr((__version__, *given)).encode())
     digest.update(f"{type(prior).__name__} {prior.schedule!r}"[:1000].encode())
     for name, value in prior.state_dict().items():
         digest.update(name.encode() + value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())

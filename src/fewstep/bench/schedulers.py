@@ -197,10 +197,7 @@ def ipndm_difference(steps: int) -> float:
 def followed(solver: Solver, prior: Denoiser, draws: Tensor) -> Tensor:
     """Return what a solver makes of draws[0] with the fresh noise draws[1:], (steps + 1, N, *event) -> (N, *event)."""
     problem = Posterior(prior, FlatLikelihood(tuple(draws.shape[2:]), draws.shape[1]))
-    state, noise = State(draws[0]), ScriptedNoise(draws[1:].transpose(0, 1).flatten(1))
-    for k in range(solver.steps):
-        state = solver.step(problem, state, k, noise)
-    return state.x
+    return solver.run(problem, ScriptedNoise(draws[1:].transpose(0, 1).flatten(1)), State(draws[0]))
 
 
 def apart(ours: Tensor, theirs: Tensor) -> float:

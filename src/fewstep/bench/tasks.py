@@ -64,9 +64,9 @@ class RandomSensing(Smaller):
             tuple(image_shape), small, transform_func=transform, transform_func_inv=transform, rng=signs
         )
 
-    def baseline(self, y: Any, image_shape: Shape | None = None) -> Tensor:
+    def baseline(self, y: Any) -> Tensor:
         """Return A' y, which is A^+ y: the rows of A are orthonormal."""
-        return self._physics(y, image_shape).A_adjoint(y).clamp(0, 1)
+        return self._physics(y).A_adjoint(y).clamp(0, 1)
 
 
 TASKS: dict[str, Task] = {

@@ -15,6 +15,7 @@ from rich.table import Table
 from torch import Tensor
 
 from fewstep.calibrated import Calibrations, Plan, calibrate, outer, with_measured
+from fewstep.core.checks import check_count
 from fewstep.core.files import check_target, read_header
 from fewstep.data import list_images, load_pixels
 from fewstep.devices import pick_device
@@ -51,8 +52,8 @@ class Job:
     out: Path | None = None
 
     def __post_init__(self) -> None:
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"limit must be at least 1, got {self.limit}")
+        if self.limit is not None:
+            check_count("limit", self.limit)
 
     def images(self, crop: int) -> list[Tensor]:
         """Return the photographs, uint8, (3, H, W) each; ValueError where one is smaller than `crop`."""

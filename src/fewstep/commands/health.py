@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -43,14 +44,6 @@ def devices() -> list[str]:
 
 def _failing(checks: list[Callable[[], str | None]]) -> list[str]:
     return [line for check in checks if (line := check())]
-
-
-def _deepinv() -> str | None:
-    return _importable("deepinv")
-
-
-def _diffusers() -> str | None:
-    return _importable("diffusers")
 
 
 def _prior() -> str | None:
@@ -94,5 +87,5 @@ def _importable(name: str) -> str | None:
     return None
 
 
-SERIOUS: list[Callable[[], str | None]] = [_deepinv, _diffusers, _prior]
+SERIOUS: list[Callable[[], str | None]] = [partial(_importable, "deepinv"), partial(_importable, "diffusers"), _prior]
 MINOR: list[Callable[[], str | None]] = [_torchvision, _lpips, _disk]

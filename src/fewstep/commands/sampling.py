@@ -87,7 +87,7 @@ class Drawing:
         steps: its steps; None for those of the schedule, or of the solver.
         fields: further fields of the solver, as values or as text.
         schedule: file of a tuned schedule.
-        count: samples.
+        num_samples: how many.
         seed: sample k depends on the seed and k alone.
         chunk: samples that go through the network at once.
     """
@@ -96,7 +96,7 @@ class Drawing:
     steps: int | None = None
     fields: Mapping[str, Any] = field(default_factory=dict)
     schedule: Path | None = None
-    count: int = 16
+    num_samples: int = 16
     seed: int = 0
     chunk: int = 64
 
@@ -134,13 +134,13 @@ def sample(
         )
     with progress(console, "sampling", quiet) as report:
         drawn = solver(
-            problem, drawing.count, seed=drawing.seed, chunk=drawing.chunk, callback=lambda k, n, _: report(k, n)
+            problem, drawing.num_samples, seed=drawing.seed, chunk=drawing.chunk, callback=lambda k, n, _: report(k, n)
         )
     x = drawn.x[:, 0].cpu()
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         drawn.save(out)
-        record = {**vars(source), "method": drawn.method, "samples": drawing.count, "seed": drawing.seed}
+        record = {**vars(source), "method": drawn.method, "samples": drawing.num_samples, "seed": drawing.seed}
         write_record(
             out / "sampling.json", {**record, "nfe": drawn.nfe, "seconds": drawn.seconds, "versions": versions()}
         )
@@ -148,7 +148,7 @@ def sample(
         grid_image.parent.mkdir(parents=True, exist_ok=True)
         save_image(contact_sheet((x + 1) / 2), grid_image)
     places = " and ".join(escape(str(place)) for place in (out, grid_image) if place is not None)
-    console.print(f"{drawing.count} samples, {drawn.nfe} network calls each, {drawn.seconds:.1f} s: {places}")
+    console.print(f"{drawing.num_samples} samples, {drawn.nfe} network calls each, {drawn.seconds:.1f} s: {places}")
     return x
 
 

@@ -9,9 +9,7 @@ from torch import Tensor
 def like(a: Tensor | float, x: Tensor) -> Tensor:
     """View a scalar or per-item `a`, () or (N,), as something that broadcasts against `x`, (N, *event)."""
     a = torch.as_tensor(a, dtype=x.dtype, device=x.device)
-    if a.ndim == 0:
-        return a
-    if a.ndim == x.ndim:
+    if a.ndim in (0, x.ndim):
         return a
     if a.ndim != 1 or a.shape[0] not in (1, x.shape[0]):
         raise ValueError(f"expected a scalar or one value per item ({x.shape[0]}), got shape {tuple(a.shape)}")

@@ -21,11 +21,6 @@ from fewstep import __version__
 WEIGHTS, HEADER = "model.safetensors", "config.json"
 
 
-def library_version() -> str:
-    """Return the version of this library."""
-    return __version__
-
-
 def check_target(path: Path) -> None:
     """Raise ValueError where a file cannot come to stand at `path`, before any work is done for it."""
     if path.is_dir():
@@ -80,7 +75,7 @@ def write_weights(
         **header,
         "tensors": len(tensors),
         "parameters": sum(v.numel() for v in tensors.values()),
-        "library_version": library_version(),
+        "library_version": __version__,
         "sha256": hashlib.sha256(data).hexdigest(),
     }
     write_bytes(folder / WEIGHTS, data)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fewstep.core.checks import one_of
 from fewstep.core.schedule import Schedule
 
 Grid = Callable[[Schedule, int], Tensor]
@@ -54,11 +55,12 @@ def edm(schedule: Schedule, steps: int, rho: float = 7.0) -> Tensor:
     return _by_ratio(schedule, spaced(*_ends(schedule), steps, rho))
 
 
-def arctan(schedule: Schedule, steps: int, spread: float = 0.5) -> Tensor:
-    """Return the times that are best for first-order steps on N(0, spread^2 I), down to a ratio of 0.01, then 0.
+def arctan(schedule: Schedule, steps: int) -> Tensor:
+    """Return the times that are best for first-order steps on N(0, 0.5^2 I), down to a ratio of 0.01, then 0.
 
-    arctan(ratio / spread) is evenly spaced (Sabour et al. 2024, arXiv:2404.14507, theorem 3.1).
+    arctan(ratio / 0.5) is evenly spaced (Sabour et al. 2024, arXiv:2404.14507, theorem 3.1).
     """
+    spread = 0.5
     high, low = (torch.atan(end / spread) for end in _ends(schedule))
     angles = high + torch.linspace(0, 1, steps, dtype=torch.float64) * (low - high)
     return _by_ratio(schedule, spread * torch.tan(angles))
@@ -94,8 +96,7 @@ def times_of(grid: str | tuple[float, ...], schedule: Schedule, steps: int) -> T
         ValueError: an unknown name, or times that do not fall within [0, 1] or are too few to be resampled.
     """
     if isinstance(grid, str):
-        if grid not in GRIDS:
-            raise ValueError(f"unknown grid {grid!r}; choose one of {', '.join(GRIDS)}")
+        one_of("grid", grid, GRIDS)
         return GRIDS[grid](schedule, steps)
     times = torch.tensor(grid, dtype=torch.float64)
     if len(times) < 2 or not bool((times[1:] < times[:-1]).all()) or float(times[0]) > 1 or float(times[-1]) < 0:

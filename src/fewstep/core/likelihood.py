@@ -17,7 +17,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from fewstep.core.batch import item_dot, like, tile
+from fewstep.core.batch import item_dot, like, real_rows, tile
 from fewstep.core.checks import check_gradients
 from fewstep.core.counts import Counts
 from fewstep.core.linalg import Unconverged, cg
@@ -26,6 +26,7 @@ from fewstep.core.physics import check_measurement, fitting_adjoint, repeat_phys
 from fewstep.core.spectral import Function, circulant_of, inverse_square, significant, spectrum_of
 
 Linear = Callable[[Tensor], Tensor]
+_RCOND = 1e-3  # of pseudo-inverses
 
 
 class Likelihood(ABC):
@@ -134,7 +135,7 @@ class GaussianLikelihood(Likelihood):
 
     def log_prob(self, x: Tensor) -> Tensor:
         """See `Likelihood`; the normalising constant is included."""
-        r = torch.view_as_real(self.residual(x)) if self.y.is_complex() else self.residual(x)
+        r = real_rows(self.residual(x))
         size = r[0].numel()
         return -0.5 * item_dot(r, r) / self.sigma**2 - size * (self.sigma.log() + 0.5 * math.log(2 * math.pi))
 
@@ -148,11 +149,8 @@ class GaussianLikelihood(Likelihood):
         Raises:
             FloatingPointError: the system holds NaN or infinite values, and there is no closed form to pass them on.
         """
-        real = v.real if v.is_complex() else v
-        data, prior = (
-            like(self.sigma**-2, real),
-            like(torch.as_tensor(rho, dtype=self.sigma.dtype, device=self.sigma.device) ** -2, real),
-        )
+        data = like(self.sigma**-2, v.real)
+        prior = like(torch.as_tensor(rho, dtype=self.sigma.dtype, device=self.sigma.device) ** -2, v.real)
         if self.spectrum is not None:
             return self.spectral(lambda s: 1 / (s.square() * data + prior), v)
         return self._iterate(lambda x: data * self.normal(x) + prior * x, v)
@@ -171,7 +169,7 @@ class GaussianLikelihood(Likelihood):
             noise, prior = (self._shaped(a) for a in (self.sigma**2, prior))
             self.counts.operator += 1
             return self.spectrum.pull_back(lambda s: 1 / (s.square() * prior + noise), r, self.A_adjoint)
-        ridge = like((self.sigma**2 / prior).expand(len(r)), r.real if r.is_complex() else r)
+        ridge = like((self.sigma**2 / prior).expand(len(r)), r.real)
         within = self._iterate(lambda v: self.A(self.A_adjoint(v)) + ridge * v, r, self._nearly(ridge))
         return self.A_adjoint(within) / self._shaped(prior)
 
@@ -186,12 +184,12 @@ class GaussianLikelihood(Likelihood):
         """Return A'A x, (N, *event)."""
         return self.A_adjoint(self.A(x))
 
-    def pinv(self, y: Tensor, rcond: float = 1e-3) -> Tensor:
-        """Return the pseudo-inverse A^+ y, singular values below `rcond` times the largest counting as null."""
+    def pinv(self, y: Tensor) -> Tensor:
+        """Return the pseudo-inverse A^+ y, singular values below a thousandth of the largest counting as null."""
         back = self.A_adjoint(y)
         if self.spectrum is not None:
-            return self.spectral(lambda s: inverse_square(s, significant(s, rcond)), back)
-        return cg(self.normal, back, tol=max(rcond, self.tol), max_iter=self.max_iter).x
+            return self.spectral(lambda s: inverse_square(s, significant(s, _RCOND)), back)
+        return cg(self.normal, back, tol=max(_RCOND, self.tol), max_iter=self.max_iter).x
 
     def prox(self, z: Tensor, rho: Tensor | float) -> Tensor:
         """See `Likelihood`; exact."""
@@ -200,9 +198,9 @@ class GaussianLikelihood(Likelihood):
     def draw(self, z: Tensor, rho: Tensor | float, noise: Noise) -> Tensor:
         """See `Likelihood`; exact by perturbing y and z with their own noise and solving (perturb and optimise)."""
         rho = torch.as_tensor(rho, dtype=self.sigma.dtype, device=self.sigma.device)
-        sigma = like(self.sigma, self.y.real if self.y.is_complex() else self.y)
+        sigma = like(self.sigma, self.y.real)
         y = self.y + sigma * noise.randn_like(self.y)
-        return self._prox(y, z + like(rho, z.real if z.is_complex() else z) * noise.randn_like(z), rho)
+        return self._prox(y, z + like(rho, z.real) * noise.randn_like(z), rho)
 
     def start(self) -> Tensor:
         """See `Likelihood`; the pseudo-inverse of y."""

@@ -35,6 +35,7 @@ class State(NamedTuple):
 
 
 Callback = Callable[[int, int, State], None]  # (steps done, steps in all, state)
+Report = Callable[[int, State], None]  # the same of one chunk
 
 
 class Sampler(Presets, ABC):
@@ -74,6 +75,24 @@ class Sampler(Presets, ABC):
     def output(self, state: State) -> Tensor:
         """Return the samples, (N, *event), from the state after the last step."""
         return state.x
+
+    @final
+    def run(
+        self, items: Posterior, noise: Noise, state: State | None = None, report: Report = lambda done, state: None
+    ) -> Tensor:
+        """Return the samples of N items, (N, *event); gradients are recorded where they are enabled.
+
+        Args:
+            items: the problem of the N items (expanded).
+            noise: one stream per item.
+            state: where to start; what `init` gives where None.
+            report: called after every step with (steps done, state).
+        """
+        state = self.init(items, noise) if state is None else state
+        for k in range(self.steps):
+            state = self.step(items, state, k, noise)
+            report(k + 1, state)
+        return self.output(state)
 
     @final
     def __call__(
@@ -133,27 +152,23 @@ class Sampler(Presets, ABC):
                 if callback is not None:
                     callback(done + k, len(starts) * self.steps, state)
 
-            found = self._run(problem, range(first, min(first + size, num_samples)), seeds, source, report)
+            found = self._drawn(problem, range(first, min(first + size, num_samples)), seeds, source, report)
             yield replace(found, antithetic=antithetic)
 
     @torch.no_grad()
-    def _run(
+    def _drawn(
         self,
         problem: Posterior,
         samples: range,
         seeds: tuple[int, ...],
         source: type[Noise],
-        report: Callable[[int, State], None],
+        report: Report,
     ) -> Samples:
         begin = time.perf_counter()
         likelihood = problem.likelihood
         items = problem.expand(len(samples))
         noise = source.spawn(seeds, samples, likelihood.dtype, likelihood.device)
-        state = self.init(items, noise)
-        for k in range(self.steps):
-            state = self.step(items, state, k, noise)
-            report(k + 1, state)
-        x = self.output(state)
+        x = self.run(items, noise, report=report)
         if not bool(torch.isfinite(x).all()):
             raise FloatingPointError(f"{self!r} diverged; use more steps, weaker guidance or a larger sigma")
         seconds = time.perf_counter() - begin
@@ -170,6 +185,12 @@ class Sampler(Presets, ABC):
         return ""
 
     @final
+    def check_steps(self) -> None:
+        """Raise ValueError unless the steps are a whole number, at least one."""
+        if not isinstance(self.steps, Integral) or self.steps < 1:
+            raise ValueError(f"{type(self).__name__} needs at least one step, and whole ones, got {self.steps!r}")
+
+    @final
     def check(self, problem: Posterior, num_samples: int = 1) -> None:
         """Return where `stream` would start, before any network call.
 
@@ -177,8 +198,7 @@ class Sampler(Presets, ABC):
             ValueError: bad arguments, or a likelihood without what the method needs; methods that fit are named.
         """
         check_count("num_samples", num_samples)
-        if not isinstance(self.steps, Integral) or self.steps < 1:
-            raise ValueError(f"{type(self).__name__} needs at least one step, and whole ones, got {self.steps!r}")
+        self.check_steps()
         if reason := self.refusal(problem) or problem.misfit:
             raise ValueError(reason)
         missing = self.needs - problem.likelihood.provides

@@ -53,6 +53,19 @@ class Samples:
         return self.x.shape[0]
 
     @property
+    def header(self) -> dict[str, str]:
+        """What a file says of them beside the numbers."""
+        return {
+            "format": "fewstep.samples",
+            "method": self.method,
+            "seeds": json.dumps(self.seeds),
+            "first": str(self.first),
+            "antithetic": json.dumps(self.antithetic),
+            "counts": json.dumps(vars(self.counts)),
+            "seconds": str(self.seconds),
+        }
+
+    @property
     def mean(self) -> Tensor:
         """Sample mean, (B, *event); of one sample it is that sample."""
         return wide(self.x).mean(0)
@@ -104,16 +117,7 @@ class Samples:
         """Write `samples.safetensors` (atomically) into `folder`, its header stating method, cost and seeds."""
         path = Path(folder) / "samples.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
-        header = {
-            "format": "fewstep.samples",
-            "method": self.method,
-            "seeds": json.dumps(self.seeds),
-            "first": str(self.first),
-            "antithetic": json.dumps(self.antithetic),
-            "counts": json.dumps(vars(self.counts)),
-            "seconds": str(self.seconds),
-        }
-        write_bytes(path, save({"x": self.x.contiguous().cpu()}, metadata=header))
+        write_bytes(path, save({"x": self.x.contiguous().cpu()}, metadata=self.header))
         return path
 
     @classmethod

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewstep.core.checks import one_of
+
 LPIPS_VARIABLE = "FEWSTEP_LPIPS"
 _FILES = {"alex": "alexnet.safetensors", "vgg": "vgg16.safetensors"}
 _CACHED = {"alex": "alexnet-owt-*.pth", "vgg": "vgg16-*.pth"}
@@ -77,7 +79,7 @@ def lpips(
         ValueError: weights that were asked for are missing or damaged, or the images do not lie in [0, 1].
     """
     _check(x, truth)
-    _check_net(net)
+    one_of("the LPIPS network", net, _FILES)
     if min(x.shape[-2:]) < _SMALLEST[net]:
         return None, f"LPIPS needs at least {_SMALLEST[net]} pixels per side, the image has {tuple(x.shape[-2:])}"
     try:
@@ -102,7 +104,7 @@ def lpips_net(net: str = "alex", weights: str | Path | None = None) -> nn.Module
         Missing: none of these is there, or lpips is not installed.
         ValueError: the file named is missing, damaged or of another network.
     """
-    _check_net(net)
+    one_of("the LPIPS network", net, _FILES)
     return _build(net, lpips_file(net, weights))
 
 
@@ -127,11 +129,6 @@ def _check(x: Tensor, truth: Tensor) -> None:
         low, high = float(image.min()), float(image.max())
         if not (low >= -1e-6 and high <= 1 + 1e-6):
             raise ValueError(f"the {name} must lie in [0, 1], it spans [{low:.3g}, {high:.3g}]")
-
-
-def _check_net(net: str) -> None:
-    if net not in _FILES:
-        raise ValueError(f"unknown LPIPS network {net!r}; choose one of {', '.join(_FILES)}")
 
 
 def _strips(interior: int, width: int) -> list[tuple[int, int]]:

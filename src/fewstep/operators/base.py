@@ -55,18 +55,15 @@ class Operator(ABC):
 
         return load_image(path)
 
-    def likelihood(
-        self, y: Any, image_shape: Shape | None = None, sigma: Tensor | float | None = None, **options: Any
-    ) -> Likelihood:
+    def likelihood(self, y: Any, sigma: Tensor | float | None = None, **options: Any) -> Likelihood:
         """Return the likelihood of y in the prior's coordinates [-1, 1].
 
         Args:
             y: what `simulate` or `read` gives.
-            image_shape: (C, H, W); taken from y when absent.
             sigma: noise level of y on the scale [0, 1].
             options: `tol` and `max_iter` of the solver.
         """
-        return image_likelihood(y, self._physics(y, image_shape), self._sigma(y, sigma), **options)
+        return image_likelihood(y, self._physics(y), self._sigma(y, sigma), **options)
 
     def simulate(self, x: Tensor, sigma: Tensor | float, seed: int = 0) -> Any:
         """Return a measurement of images x, (B, C, H, W) in [0, 1]; it is not clipped.
@@ -85,7 +82,7 @@ class Operator(ABC):
         """Return name and contents of a file that holds y, simulated from x, exactly, as `read` takes it."""
         return "measurement.safetensors", save({"y": y.contiguous()})
 
-    def baseline(self, y: Any, image_shape: Shape | None = None) -> Tensor:
+    def baseline(self, y: Any) -> Tensor:
         """Return the image to beat, (B, C, H, W) in [0, 1]: y itself."""
         return y.clamp(0, 1)
 
@@ -111,13 +108,8 @@ class Operator(ABC):
         """Return the part of the noise that a measurement can hold."""
         return noise
 
-    def _physics(self, y: Tensor, image_shape: Shape | None) -> Any:
-        implied = self.image_shape(y)
-        if image_shape is not None and tuple(image_shape) != implied:
-            raise ValueError(
-                f"a {self.word} measurement {tuple(y.shape[1:])} is of an image {implied}, not {image_shape}"
-            )
-        return self._built(implied, y)
+    def _physics(self, y: Tensor) -> Any:
+        return self._built(self.image_shape(y), y)
 
     def _built(self, image_shape: Shape, like: Tensor) -> Any:
         """Return the operator with its tensors where `like` is, and of its precision."""

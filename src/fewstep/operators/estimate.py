@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 _DB2 = (-0.1294095225512604, -0.2241438680420134, 0.8365163037378079, -0.4829629131445341)  # orthonormal high-pass
-_FLOOR = 1 / 255 / 12**0.5  # rounding to 8 bit alone has this standard deviation
+QUANTISATION = 1 / 255 / 12**0.5  # standard deviation of the rounding to 8 bits
 
 
 def estimate_sigma(y: Tensor) -> Tensor:
@@ -26,4 +26,4 @@ def estimate_sigma(y: Tensor) -> Tensor:
     flat = y.reshape(-1, 1, *y.shape[-2:])
     diagonal = torch.nn.functional.conv2d(flat, torch.outer(h, h)[None, None], stride=2)
     sizes = diagonal.abs().flatten(1).median(1).values / 0.6744897501960817
-    return sizes.reshape(y.shape[:2]).mean(1).clamp_min(_FLOOR)
+    return sizes.reshape(y.shape[:2]).mean(1).clamp_min(QUANTISATION)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fewstep.compat import prepare_torchvision
-from fewstep.core.likelihood import GaussianLikelihood, noise_levels
-from fewstep.core.physics import check_constant, check_measurement, fitting_adjoint
+from fewstep.core.likelihood import GaussianLikelihood
+from fewstep.core.physics import check_constant
 
 
 def to_unit(x: Tensor) -> Tensor:
@@ -47,12 +47,12 @@ def image_likelihood(
         ValueError: y is empty, not finite or does not fit the operator, sigma is not positive, a blur kernel is larger than the
             image, or the operator has a constant part.
     """
-    check_measurement(y)
-    back = fitting_adjoint(physics, y)
-    check_filter(physics, back)
-    check_constant(physics, back)
-    centred = 2 * y - physics.A(torch.ones_like(back))
-    return GaussianLikelihood(centred, physics, 2 * noise_levels(sigma, y), tol=tol, max_iter=max_iter)
+    out = GaussianLikelihood(y, physics, sigma, tol=tol, max_iter=max_iter)
+    ones = torch.ones(len(y), *out.event_shape, dtype=out.dtype, device=out.device)
+    check_filter(physics, ones)
+    check_constant(physics, ones)
+    out.y, out.sigma = 2 * y - physics.A(ones), 2 * out.sigma
+    return out
 
 
 def check_filter(physics: Any, x: Tensor) -> None:

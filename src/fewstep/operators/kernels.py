@@ -17,16 +17,15 @@ from fewstep.operators.image import deepinv_physics
 _LARGEST = 4096  # pixels along the edge of a kernel: more would fill the memory
 
 
-def gaussian_kernel(width: float, size: int | None = None) -> Tensor:
-    """Return an isotropic Gaussian, (1, 1, size, size), in float64.
+def gaussian_kernel(width: float) -> Tensor:
+    """Return an isotropic Gaussian, (1, 1, size, size), in float64; its size is four standard deviations to each side.
 
     Args:
         width: its standard deviation in pixels; positive.
-        size: odd edge length; four standard deviations to each side when absent.
     """
     if not 0 < width <= _LARGEST / 8:
         raise ValueError(f"the width of a Gaussian kernel must be positive and at most {_LARGEST // 8}, got {width}")
-    size = size or 2 * max(1, int(np.ceil(4 * width))) + 1
+    size = 2 * max(1, int(np.ceil(4 * width))) + 1
     offsets = torch.arange(size, dtype=torch.float64) - (size - 1) / 2
     profile = torch.exp(-0.5 * (offsets / width) ** 2)
     return normalise(torch.outer(profile, profile))

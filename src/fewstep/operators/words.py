@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from fewstep.core.checks import one_of
 from fewstep.core.likelihood import GaussianLikelihood, Likelihood
 from fewstep.core.names import suggestion
 from fewstep.images import read_mask
@@ -72,8 +73,7 @@ class _Blur(Operator):
     )
 
     def __post_init__(self) -> None:
-        if self.boundary not in BOUNDARIES:
-            raise ValueError(f"unknown boundary {self.boundary!r}; choose one of {', '.join(BOUNDARIES)}")
+        one_of("boundary", self.boundary, BOUNDARIES)
 
     @abstractmethod
     def filter(self) -> Tensor:
@@ -87,13 +87,9 @@ class _Blur(Operator):
             return deepinv_physics().Blur(filter=kernel.to(dtype), padding="valid", use_fft=True)
         return deepinv_physics().BlurFFT(img_size=tuple(image_shape), filter=kernel.to(dtype))
 
-    def likelihood(
-        self, y: Any, image_shape: Shape | None = None, sigma: Tensor | float | None = None, **options: Any
-    ) -> Likelihood:
+    def likelihood(self, y: Any, sigma: Tensor | float | None = None, **options: Any) -> Likelihood:
         """See `Operator`; without a closed form the tolerance is one that single precision reaches."""
-        return super().likelihood(
-            y, image_shape, sigma, **{"tol": max(1e-6, 1e3 * torch.finfo(y.dtype).eps), **options}
-        )
+        return super().likelihood(y, sigma, **{"tol": max(1e-6, 1e3 * torch.finfo(y.dtype).eps), **options})
 
     def image_shape(self, y: Tensor) -> Shape:
         """See `Operator`; with the margin that blurs into the frame."""
@@ -202,7 +198,7 @@ class SuperResolution(Smaller):
         check_kernel(kernel, (h, w))
         return library.Downsampling(img_size=tuple(image_shape), filter=kernel, factor=self.factor, padding="circular")
 
-    def baseline(self, y: Any, image_shape: Shape | None = None) -> Tensor:
+    def baseline(self, y: Any) -> Tensor:
         """Return bicubic interpolation of y, moved to where deepinv's decimation keeps its samples."""
         _, h, w = self.image_shape(y)
         return _upsample(y, self.factor, (h, w)).clamp(0, 1)
@@ -239,16 +235,14 @@ class _Mask(Operator):
         mask = self.known(image_shape).to(dtype).expand(1, *image_shape).contiguous()
         return deepinv_physics().Inpainting(img_size=tuple(image_shape), mask=mask)
 
-    def likelihood(
-        self, y: Any, image_shape: Shape | None = None, sigma: Tensor | float | None = None, **options: Any
-    ) -> GaussianLikelihood:
+    def likelihood(self, y: Any, sigma: Tensor | float | None = None, **options: Any) -> GaussianLikelihood:
         """See `Operator`; what y holds in missing pixels is not read."""
-        physics = self._physics(y, image_shape)
+        physics = self._physics(y)
         return image_likelihood(physics.A(y), physics, self._sigma(y, sigma), **options)
 
-    def baseline(self, y: Any, image_shape: Shape | None = None) -> Tensor:
+    def baseline(self, y: Any) -> Tensor:
         """Return y with the missing pixels black."""
-        return self._physics(y, image_shape).A(y).clamp(0, 1)
+        return self._physics(y).A(y).clamp(0, 1)
 
     def _seen(self, noise: Tensor, physics: Any) -> Tensor:
         return physics.A(noise)
@@ -351,9 +345,7 @@ class Jpeg(Operator):
         """Return what a JPEG file says of its image."""
         return JpegMeasurement.from_file(path)
 
-    def likelihood(
-        self, y: Any, image_shape: Shape | None = None, sigma: Tensor | float | None = None, **options: Any
-    ) -> Likelihood:
+    def likelihood(self, y: Any, sigma: Tensor | float | None = None, **options: Any) -> Likelihood:
         """See `Operator`; quantisation is the only noise, so sigma must be absent or 0.
 
         The options are those of `gaussian_jpeg`, with `step_std` 0 those of `JpegLikelihood`.
@@ -362,8 +354,6 @@ class Jpeg(Operator):
             raise ValueError("jpeg takes no sigma: quantisation is its only noise")
         if not isinstance(y, JpegMeasurement):
             raise ValueError("jpeg needs the file, not its pixels: JpegMeasurement.from_file(path)")
-        if image_shape is not None and tuple(image_shape) != y.image_shape:
-            raise ValueError(f"the JPEG file is of an image {y.image_shape}, not {image_shape}")
         if self.step_std:
             return gaussian_jpeg(y, self.step_std, **options)
         return JpegLikelihood(y, **options)
@@ -383,6 +373,6 @@ class Jpeg(Operator):
         quality, subsampling = settings_of(y.tables)
         return replace(self, quality=quality, subsampling=subsampling)
 
-    def baseline(self, y: Any, image_shape: Shape | None = None) -> Tensor:
+    def baseline(self, y: Any) -> Tensor:
         """Return the image as a viewer decodes it."""
         return y.decoded

@@ -5,13 +5,14 @@ The key `kind` says what is trained: "prior" (the default), "ud2m", "labelled" (
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
+
+from fewstep.core.names import suggestion
 
 if TYPE_CHECKING:
     from torch import nn
@@ -85,9 +86,7 @@ def build(cls: type, values: Any, where: str, beside: tuple[str, ...] = ()) -> A
     known = [f.name for f in fields(cls)]
     for key in values:
         if key not in known:
-            near = difflib.get_close_matches(str(key), [*beside, *known], 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join([*beside, *known])}"
-            raise ValueError(f"{where}: unknown key {key!r}; {hint}")
+            raise ValueError(f"{where}: unknown key {key!r}; {suggestion(str(key), [*beside, *known])}")
     needed = {f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING}
     if missing := sorted(needed - set(values)):
         raise ValueError(f"{where} lacks {', '.join(missing)}")

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fewstep.core.checks import one_of
 from fewstep.core.denoiser import Denoiser
 from fewstep.core.files import files_hash
 from fewstep.core.noise import seeded
@@ -99,8 +100,7 @@ class UD2MRecipe:
     init: str = ""
 
     def __post_init__(self) -> None:
-        if self.decoder not in DECODERS:
-            raise ValueError(f"unknown decoder {self.decoder!r}; choose one of {', '.join(DECODERS)}")
+        one_of("decoder", self.decoder, DECODERS)
         if self.lora is not None and "lora" not in self.decoder:
             raise ValueError(f"decoder {self.decoder!r} takes no lora; choose lora or lora-context")
         if not self.families:

@@ -55,12 +55,8 @@ class ScriptedNoise(Noise):
 def run_scripted(sampler: Sampler, problem: Posterior, script: Tensor) -> tuple[Tensor, int]:
     """Run a sampler on given noise, one row per item; return (N, *event) and how many numbers an item used."""
     noise = ScriptedNoise(script)
-    items = problem.expand(script.shape[0])
     with torch.no_grad():
-        state = sampler.init(items, noise)
-        for k in range(sampler.steps):
-            state = sampler.step(items, state, k, noise)
-    return sampler.output(state), noise.used
+        return sampler.run(problem.expand(script.shape[0]), noise), noise.used
 
 
 def affine_error(sampler: Sampler, problem: Posterior) -> float:

@@ -70,6 +70,7 @@ class Task:
         """Return the solver on given times."""
         return cast(MultistepSolver, get(self.solver, "solvers")(steps=steps or self.steps, grid=times, **settings))
 
+    @torch.no_grad()
     def draw(self, solver: Solver, count: int, *words: int) -> tuple[Tensor, Tensor]:
         """Return starts at t = 1 and the samples that `solver` makes of them, (count, *event) each."""
         starts, samples = [], []
@@ -78,23 +79,12 @@ class Task:
             items, noise = self.items(size), self.noise(size, part, *words)
             state = solver.init(items, noise)
             starts.append(state.x)
-            samples.append(run(solver, items, state.x, noise))
+            samples.append(solver.run(items, noise, state))
         return torch.cat(starts), torch.cat(samples)
 
     def items(self, count: int) -> Posterior:
         """Return the problem of `count` items."""
         return self.problem.expand(count)
-
-
-@torch.no_grad()
-def run(solver: Solver, items: Posterior, start: Tensor, noise: Noise) -> Tensor:
-    """Return what `solver` makes of `start`, (N, *event)."""
-    from fewstep.core.sampler import State as Point
-
-    state = Point(start)
-    for k in range(solver.steps):
-        state = solver.step(items, state, k, noise)
-    return solver.output(state)
 
 
 def reference(task: Task, count: int, steps: int = FINE, *words: int) -> tuple[Tensor, Tensor]:

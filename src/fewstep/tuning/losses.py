@@ -9,7 +9,8 @@ from torch import Tensor
 
 from fewstep.core.grid import GRIDS, times_of
 from fewstep.core.multistep import Solver
-from fewstep.tuning.base import CHUNK, Task, run
+from fewstep.core.sampler import State
+from fewstep.tuning.base import CHUNK, Task
 
 _TINY = 1e-12  # under the root, so that equal samples have a gradient
 
@@ -42,10 +43,11 @@ def error(task: Task, times: Tensor, start: Tensor, truth: Tensor, loss: str) ->
     return score(task, task.make(tuple(times.tolist())), start, truth, loss)
 
 
+@torch.no_grad()
 def samples_of(task: Task, solver: Solver, start: Tensor) -> Tensor:
     """Return what `solver` makes of `start`, (N, *event), in chunks."""
-    parts = start.split(CHUNK)
-    return torch.cat([run(solver, task.items(len(x)), x, task.noise(len(x), 2, i)) for i, x in enumerate(parts)])
+    parts = enumerate(start.split(CHUNK))
+    return torch.cat([solver.run(task.items(len(x)), task.noise(len(x), 2, i), State(x)) for i, x in parts])
 
 
 def best_times(

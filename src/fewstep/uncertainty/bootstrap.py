@@ -122,7 +122,7 @@ def _remeasure(problem: Posterior) -> Measure:
         noise = Noise([seed] * len(x), gaussian.dtype, gaussian.device)
         twin = copy.copy(gaussian)
         white = noise.randn_like(gaussian.y)
-        twin.y = gaussian.physics.A(x) + like(gaussian.sigma, white.real if white.is_complex() else white) * white
+        twin.y = gaussian.physics.A(x) + like(gaussian.sigma, white.real) * white
         return twin
 
     return measure

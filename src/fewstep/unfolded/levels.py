@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from fewstep.core.checks import check_counts, check_positive
+from fewstep.core.checks import check_counts, check_positive, one_of
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,7 @@ class LevelConfig:
     width: int = 16
 
     def __post_init__(self) -> None:
-        if self.base not in BASES:
-            raise ValueError(f"unknown base {self.base!r}; choose one of {', '.join(BASES)}")
+        one_of("base", self.base, BASES)
         check_counts(self, "iterations", "width")
         check_positive(self, "tau_max", "decay", "scale", "pairing")
 

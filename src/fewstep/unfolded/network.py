@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fewstep.core.batch import like
+from fewstep.core.checks import check_not_negative, one_of
 from fewstep.core.likelihood import JointLikelihood
 from fewstep.core.noise import Noise
 from fewstep.core.problem import Posterior
@@ -43,12 +44,8 @@ class UnfoldedConfig:
     end: float = 0.0
 
     def __post_init__(self) -> None:
-        if isinstance(self.levels, dict):
-            object.__setattr__(self, "levels", LevelConfig(**self.levels))
-        if self.start not in STARTS:
-            raise ValueError(f"unknown start {self.start!r}; choose one of {', '.join(STARTS)}")
-        if self.end < 0:
-            raise ValueError(f"end must not be negative, got {self.end}")
+        one_of("start", self.start, STARTS)
+        check_not_negative(self, "end")
 
 
 class UnfoldedNetwork(nn.Module):

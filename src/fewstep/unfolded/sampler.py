@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from fewstep.core.checks import one_of
 from fewstep.core.kernel import KERNELS
 from fewstep.core.noise import Noise
 from fewstep.core.problem import Posterior
@@ -72,8 +73,7 @@ class UnfoldedSampler(GuidedSampler):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.kernel not in KERNELS:
-            raise ValueError(f"unknown kernel {self.kernel!r}; choose one of {', '.join(KERNELS)}")
+        one_of("kernel", self.kernel, KERNELS)
 
     def shares(self, schedule: Schedule, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         """See `GuidedSampler`."""
