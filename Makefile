@@ -20,7 +20,7 @@ $(VENV)/.dev: $(VENV)/.base
 	touch $@
 
 demo: $(VENV)/.base
-	$(BIN)/fewstep restore examples/cat.png --simulate --operator deblur-gaussian --sigma 0.02 --samples 4 --antithetic --out $(OUT)
+	$(BIN)/fewstep restore examples/cat.png --simulate --operator deblur-gaussian --sigma 0.02 --samples 4 --out $(OUT)
 	@echo "report: $(abspath $(OUT))/report.html"
 
 test: $(VENV)/.dev

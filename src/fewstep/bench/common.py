@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import subprocess
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -182,7 +183,7 @@ def failure(error: BaseException) -> dict[str, str]:
 def header() -> dict[str, Any]:
     """Return command, version, commit, machine and date."""
     return {
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join(["fewstep", *sys.argv[1:]]),
         "version": __version__,
         "commit": commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
