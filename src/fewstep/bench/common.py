@@ -6,8 +6,8 @@ import json
 import math
 import os
 import platform
-import subprocess
 import shlex
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
