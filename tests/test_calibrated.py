@@ -278,7 +278,7 @@ def test_what_cannot_be_calibrated_is_refused_before_sampling(sampler):
 
 
 def test_a_method_that_does_not_fit_a_task_leaves_the_other_rows(sampler, monkeypatch):
-    given = {"samples": 3, "crop": SIDE, "tasks": ["jpeg10"], "steps": [2], "prior": PixelPrior()}
+    given = {"samples": 4, "crop": SIDE, "tasks": ["jpeg10"], "steps": [2], "prior": PixelPrior()}
     report = bench.main(*folders_of(sampler.folder, 5, 1), methods=["ddrm", "latino:photo"], **given)
     lost, done = report.tables["Coverage"]
     assert "gaussian" in lost["remark"] and "plain" not in lost and 0 < done["plain"] <= 1
@@ -287,7 +287,7 @@ def test_a_method_that_does_not_fit_a_task_leaves_the_other_rows(sampler, monkey
 def test_rows_belong_to_what_was_calibrated_on_and_what_was_measured(tmp_path):
     fitted, fresh = folders_of(tmp_path, 4, 5)
     (fresh / "4.png").unlink()
-    given = {"methods": ["ddrm"], "steps": [2], "tasks": ["sr2"], "samples": 3, "crop": SIDE, "prior": PixelPrior()}
+    given = {"methods": ["ddrm"], "steps": [2], "tasks": ["sr2"], "samples": 4, "crop": SIDE, "prior": PixelPrior()}
     given |= {"worst": 0.5}
     first = bench.main(fitted, fresh, tmp_path / "c.json", **given).tables
     assert bench.main(fitted, fresh, tmp_path / "c.json", **given).tables == first
@@ -302,7 +302,7 @@ def test_a_row_that_failed_is_made_anew(tmp_path, monkeypatch):
         raise RuntimeError("out of memory")
 
     def run():
-        given = {"fitted": 0, "limit": 1, "methods": ["ddrm"], "steps": [2], "tasks": ["sr2"], "samples": 3}
+        given = {"fitted": 0, "limit": 1, "methods": ["ddrm"], "steps": [2], "tasks": ["sr2"], "samples": 4}
         report = bench.main(folder, folder, tmp_path / "c.json", crop=SIDE, prior=PixelPrior(), **given)
         return report.tables["Coverage"][0]
 
