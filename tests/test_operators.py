@@ -149,7 +149,7 @@ def test_boundaries():
 @pytest.mark.parametrize("operator", [words.DeblurGaussian(1.0), words.SuperResolution(2), words.InpaintRandom(0.5)])
 def test_the_tensors_of_an_operator_are_where_the_measurement_is(operator):
     y = torch.empty(1, 3, 16, 16, device="meta")
-    physics = operator._physics(y, None)
+    physics = operator._physics(y)
     assert physics.A_adjoint(y).device.type == "meta" and all(b.is_meta for b in physics.buffers())
 
 

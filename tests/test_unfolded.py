@@ -77,7 +77,7 @@ def test_levels_are_positive_and_start_from_their_base():
     pinned = Levels(LevelConfig(base="pinned"))(ratio, sigma)[0].tau
     torch.testing.assert_close(pinned**-2, sigma**-2 + ratio**-2)
     for wrong in ({"base": "no"}, {"iterations": 0}, {"decay": 0.0}):
-        with pytest.raises(ValueError, match=r"unknown|at least|positive"):
+        with pytest.raises(ValueError, match=r"one of|at least|positive"):
             LevelConfig(**wrong)
 
 
