@@ -1,6 +1,7 @@
 """LoRA on the denoiser: the start, what is trained, merging, adapters and samplers on disk."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -203,6 +204,11 @@ def test_a_header_says_how_its_sampler_steps(prior, tmp_path):
     assert "**Outer steps**: eta 0.0, grid [1.0, 0.2, 0.0]" in (tmp_path / "net/README.md").read_text()
     fewstep.save_sampler(sampler, tmp_path / "again")
     assert fewstep.load_sampler(tmp_path / "again", 2).grid == sampler.grid
+    with torch.no_grad():
+        next(other.network.parameters()).add_(1.0)
+    fewstep.save_sampler(replace(other, eta=0.25), tmp_path / "trained")  # other weights step as they were told
+    trained_on = fewstep.load_sampler(tmp_path / "trained", 2)
+    assert (trained_on.eta, trained_on.grid) == (0.25, "quadratic")
     save_network(trained, tmp_path / "net", {"outer": {"steps": 2}})
     with pytest.raises(ValueError, match="outer steps have eta, kernel and grid, not steps"):
         fewstep.load_sampler(tmp_path / "net")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def save_sampler(sampler: Unfolded, folder: str | Path, **facts: Any) -> None:
     Weights that were loaded and not changed keep what their header says of them, and a whole network its calibrations.
 
     Args:
-        sampler: trained or not; its steps are not kept.
+        sampler: trained or not; its eta, kernel and grid are kept, their number of steps is not.
         folder: where to.
         **facts: for header and card, each optional: prior, recipe, data, command, licence, and outer: what to load it with.
 
@@ -55,7 +56,10 @@ def save_sampler(sampler: Unfolded, folder: str | Path, **facts: Any) -> None:
     known = dict(sampler.facts)
     unchanged = known.pop("sha256", None) == (sha256 := network_hash(sampler.network))
     calibrations = _calibrations(sampler.folder, sha256)  # before `folder`, which may be the same, is written
-    save_network(sampler.network, folder, {**(known if unchanged else {}), **facts})
+    usual = {f.name: f.default for f in fields(Unfolded) if f.name in ("eta", "kernel", "grid")}
+    outer = {name: getattr(sampler, name) for name, value in usual.items() if getattr(sampler, name) != value}
+    kept = (known if unchanged else {}) | {"outer": outer}
+    save_network(sampler.network, folder, {**{k: v for k, v in kept.items() if v}, **facts})
     if calibrations is not None:
         write_bytes(Path(folder) / CALIBRATION, calibrations)
 
