@@ -56,6 +56,18 @@ def test_bend_is_found_from_draws_and_only_where_tails_are_heavy():
     assert (y.std(0) - 1).abs().max() < 0.02
 
 
+def test_coordinates_with_heavy_tails_are_centred_by_their_median_and_others_by_their_mean():
+    n = 20_000
+    z = Streams(1, range(n), torch.float64).randn(3)
+    skewed = (z[:, 2] / 3).exp().clamp_max(1.3)  # light tails, its mean is not its median
+    x = torch.stack([7 + (1.5 * z[:, 0]).exp() * z[:, 1], z[:, 0], skewed], 1)
+    before = Whitened(fewstep.target("funnel", dim=3), scale=torch.tensor([2.0, 3.0, 0.5]))
+    after = before.refitted(before.to_y(x))
+    assert abs(float(after.shift[0]) - 7) < 0.015 < abs(float(x[:, 0].mean()) - 7)
+    torch.testing.assert_close(after.shift[1:], x[:, 1:].mean(0))
+    torch.testing.assert_close(after.scale, x.std(0))
+
+
 def test_a_sampler_keeps_its_bend(tmp_path):
     target = fewstep.target("funnel", dim=3)
     bend = torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64)

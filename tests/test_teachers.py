@@ -358,6 +358,32 @@ def test_an_untrained_network_is_the_start_that_its_gain_says():
         assert torch.equal(net.moments(y, t, net.guide(y)).spread, torch.ones(5, 2))
 
 
+@torch.no_grad()
+def test_a_gate_scales_the_place_of_a_control_and_nothing_else():
+    schedule, target = VariancePreserving(), mixture(VariancePreserving())
+    y, t = torch.randn(64, 2, generator=torch.Generator().manual_seed(0)), torch.tensor(0.3)
+    alpha, sigma = schedule(t)
+    plain, gated = (ControlNet(schedule, target, NetConfig(width=8, gain=0.0, gated=gate)) for gate in (False, True))
+    weight, bias = torch.randn(4, 8), torch.randn(4)
+    plain.load_state_dict({**plain.state_dict(), "last.weight": weight, "last.bias": bias})
+
+    def place(net):
+        """Return m of the Gaussian whose drift it is, and v."""
+        drift, v = net.moments(y, t, None)
+        return drift * (alpha**2 * v + sigma**2) + (1 - v) * alpha * y, v
+
+    first, spread = place(plain)
+    for gate, factor in ((0.0, 1.0), (-3.0, math.exp(-8 * math.tanh(3 / 8))), (-1e4, math.exp(-8))):
+        last = {
+            "last.weight": torch.cat([weight, torch.zeros(2, 8)]),
+            "last.bias": torch.cat([bias, torch.full((2,), gate)]),
+        }
+        gated.load_state_dict({**plain.state_dict(), **last})
+        found, same = place(gated)
+        assert torch.equal(same, spread)
+        torch.testing.assert_close(found, factor * first, rtol=1e-4, atol=1e-5)
+
+
 def test_guides_are_clipped_and_never_nan():
     @dataclass(frozen=True, eq=False)
     class Steep(TargetDensity):

@@ -103,11 +103,15 @@ class Whitened(TargetDensity):
 
     def refitted(self, y: Tensor, bend: bool = False) -> Whitened:
         """Return the target in coordinates in which draws y, (N, d), have mean 0, standard deviation 1 and, where that pays, no
-        correlation; see `correlated`. With `bend` heavy tails are bent to those of N(0, 1), see `bend_of`, where there are any."""
+        correlation; see `correlated`. With `bend` heavy tails are bent to those of N(0, 1), see `bend_of`, where there are any.
+
+        Heavy tails have their median at 0: their mean is mostly chance, and far from 0 in units of what is narrow, such as the
+        neck of a funnel, which a map would have to hit by a shift."""
         u = self._free(y).double()
-        if bend and bool((found := bend_of(u))[2].any()):
-            return Whitened(self.target, *found)
-        return Whitened(self.target, u.mean(0), _spread(u, correlated(u)))
+        shift, scale, tails = bend_of(u)
+        if bend and bool(tails.any()):
+            return Whitened(self.target, shift, scale, tails)
+        return Whitened(self.target, shift, _spread(u, correlated(u)))
 
     @property
     def _widths(self) -> Tensor:

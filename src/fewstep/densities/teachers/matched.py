@@ -108,13 +108,13 @@ class Matched(PathTeacher):
     """A denoiser of draws of replica exchange: no paths are simulated in training. See `PathTeacher`.
 
     The preset "narrow" is for targets some parts of which are much narrower than the whole, such as a funnel: it is trained down to
-    noise of 0.0015, without guides, which are enormous beside such a part, and has more of the draws that are rare. It wants twice
-    the training of others.
+    noise of 0.0015, without guides, which are enormous beside such a part, with a gate, and has more of the draws that are rare. It
+    wants twice the training of others.
 
     The draws find the modes; the weights of paths say what is wrong with the rest. Training then takes no calls of the target but
-    one guide per item. Coordinates are those of the draws' mean and spread. Where chains change modes too seldom to know their
-    weights, the preset "modes" puts these right: a further training goes by draws of the sampler that the first gave, picked by
-    weight.
+    one guide per item. Coordinates are those of the draws' mean, or median where tails are heavy, and spread. Where chains change
+    modes too seldom to know their weights, the preset "modes" puts these right: a further training goes by draws of the sampler
+    that the first gave, picked by weight.
 
     Attributes:
         draws: how many, a multiple of `chains`.
@@ -145,7 +145,7 @@ class Matched(PathTeacher):
         "narrow": {
             "grid": "angle_squared",
             "phases": 4,
-            "net": NetConfig(width=96, gain=0.0),
+            "net": NetConfig(width=96, gain=0.0, gated=True),
             "draws": 131_072,
             "thin": 4,
             "bend": True,
