@@ -160,7 +160,7 @@ class ControlNet(Control):
             h = h + layer(nn.functional.silu(h))
         mean, *others = self.last(nn.functional.silu(h)).split(dim, -1)
         if self.config.gated:
-            mean = mean * (_GATE * torch.tanh(others.pop() / _GATE)).exp()
+            mean = mean * gate(others.pop())
         spread = others.pop().clamp(*_LOG_SPREADS).exp() if self.config.spread else torch.ones_like(y)
         alpha, sigma = (c[..., None] for c in self.schedule(t))
         drift = gaussian_drift(y, mean, spread, alpha, sigma)
@@ -169,6 +169,11 @@ class ControlNet(Control):
         # of a Gaussian of variance v the drift is v / (v + sigma^2) of its guide, to first order: v = 0.1 is a fair start
         gain = self.config.gain / (1 + 10 * sigma**2) + self.gain(nn.functional.silu(embedding))
         return Moments(drift + gain * alpha * guide, spread)
+
+
+def gate(g: Tensor) -> Tensor:
+    """Return e^g with |g| held below 8, of any shape: a factor that errors can shrink with."""
+    return (_GATE * torch.tanh(g / _GATE)).exp()
 
 
 def gaussian_drift(y: Tensor, mean: Tensor, variance: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from fewstep.core.batch import like
 from fewstep.core.checks import one_of
 from fewstep.core.density import TargetDensity
 from fewstep.core.schedule import Schedule, VariancePreserving
-from fewstep.densities.networks import TimeEmbedding, check_preserving
+from fewstep.densities.networks import TimeEmbedding, check_preserving, gate
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,  # its two derivatives are fused: steps on exact weights take two thirds of the time
@@ -178,7 +178,7 @@ class ScaledMap(FlowMap):
     """
 
     jumps = True
-    LIMIT, GATE = 16.0, 8.0
+    LIMIT = 16.0
 
     def __init__(
         self, schedule: VariancePreserving, target: TargetDensity, config: MapConfig = MapConfig(), gated: bool = False
@@ -193,9 +193,9 @@ class ScaledMap(FlowMap):
 
     def sloped(self, y: Tensor, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         """See `FlowMap`: k."""
-        shift, width, *gate = self.net(y, t, s).chunk(2 + self.gated, -1)
-        for g in gate:
-            shift = shift * (self.GATE * torch.tanh(g / self.GATE)).exp()
+        shift, width, *gates = self.net(y, t, s).chunk(2 + self.gated, -1)
+        for g in gates:
+            shift = shift * gate(g)
         v = (self.LIMIT * torch.tanh(2 * width / self.LIMIT)).exp()
         (alpha_t, sigma_t), (alpha_s, sigma_s) = ([like(c, v) for c in self.schedule(u)] for u in (t, s))
         k = ((alpha_s**2 * v + sigma_s**2) / (alpha_t**2 * v + sigma_t**2)).sqrt()
