@@ -244,6 +244,7 @@ def test_rows_of_several_seeds():
     assert row == {"a": "2.000 ± 12.71", "b": "1/2", "c": "unbiased", "d": 2}
     assert total([{"a": 1.0, "n": 2}, {"a": 3.0, "n": 3}], ["a"]) == {"a": "2.000 ± 12.71", "n": 5}
     assert summary([{"high": 1.0}, {"high": math.inf}]) == {"high": math.inf}
+    assert summary([{"log Z": -108.391}, {"log Z": -108.393}]) == {"log Z": "-108.392 ± 0.013"}
     keys = densities.EQUAL
     rows = [dict.fromkeys(keys) | {"W1": "0.5 ± 0.1"}, dict.fromkeys(keys) | {"W1": 0.4}]
     assert [row["W1"] for row in starred(rows)] == ["0.5 ± 0.1", "0.400 *"]

@@ -87,7 +87,12 @@ def _joint(values: Sequence[Any]) -> Any:
     if not all(map(math.isfinite, values)):
         return next(value for value in values if not math.isfinite(value))
     reach = float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
-    return f"{cell(statistics.mean(values))} ± {cell(reach)}"
+    return f"{_mean(statistics.mean(values), reach)} ± {cell(reach)}"
+
+
+def _mean(value: float, reach: float) -> str:
+    """Return a mean rounded no coarser than its interval."""
+    return f"{value:.3f}" if reach < 10 <= abs(value) < 1e5 else cell(value)
 
 
 def ordered(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
