@@ -11,28 +11,25 @@ import inspect
 import pkgutil
 from collections.abc import Collection
 from importlib.metadata import entry_points
-from typing import Any
+from typing import Any, NamedTuple
 
 from fewstep.core.names import suggestion
 
-# each folder, the singular of what is in it, and the class that its classes derive from
+
+class Kind(NamedTuple):
+    """What lies in a folder: how it is called, and the class that its classes derive from, "module:class"."""
+
+    noun: str
+    said: tuple[str, ...]
+    base: str
+
+
 FOLDERS = {
-    "methods": ("method", "core.sampler:Sampler"),
-    "solvers": ("solver", "core.sampler:Sampler"),
-    "densities.teachers": ("density sampler", "densities.teachers._base:Teacher"),
-    "densities.losses": ("loss", "core.objective:Objective"),
-    "densities.targets": ("target", "core.density:TargetDensity"),
-}
-# what is said, and the folder that is meant
-KINDS = {
-    "method": "methods",
-    "methods": "methods",
-    "solver": "solvers",
-    "solvers": "solvers",
-    "teachers": "densities.teachers",
-    "losses": "densities.losses",
-    "target": "densities.targets",
-    "targets": "densities.targets",
+    "methods": Kind("method", ("method", "methods"), "core.sampler:Sampler"),
+    "solvers": Kind("solver", ("solver", "solvers"), "core.sampler:Sampler"),
+    "densities.teachers": Kind("density sampler", ("teachers",), "densities.teachers._base:Teacher"),
+    "densities.losses": Kind("loss", ("losses",), "core.objective:Objective"),
+    "densities.targets": Kind("target", ("target", "targets"), "core.density:TargetDensity"),
 }
 
 
@@ -56,12 +53,12 @@ def get(name: str, kind: str = "methods") -> type[Any]:
         ValueError: there is none; the nearest names are suggested.
     """
     word, folder = name.replace("-", "_"), _folder(kind)
-    noun, base = FOLDERS[folder]
+    found = FOLDERS[folder]
     if word not in (names := available(kind)):
-        raise ValueError(f"unknown {noun} {name!r}; {suggestion(word, names)}")
+        raise ValueError(f"unknown {found.noun} {name!r}; {suggestion(word, names)}")
     for point in entry_points(group=f"fewstep.{folder}", name=word):
         return point.load()
-    return _only_class(f"fewstep.{folder}.{word}", base)
+    return _only_class(f"fewstep.{folder}.{word}", found.base)
 
 
 def fitting(provides: Collection[str]) -> list[str]:
@@ -70,9 +67,10 @@ def fitting(provides: Collection[str]) -> list[str]:
 
 
 def _folder(kind: str) -> str:
-    if kind not in KINDS:
-        raise ValueError(f"unknown kind {kind!r}; choose one of {', '.join(KINDS)}")
-    return KINDS[kind]
+    folders = {word: folder for folder, found in FOLDERS.items() for word in found.said}
+    if kind not in folders:
+        raise ValueError(f"unknown kind {kind!r}; choose one of {', '.join(folders)}")
+    return folders[kind]
 
 
 def _only_class(module_name: str, base: str) -> type[Any]:
