@@ -91,7 +91,7 @@ def _joint(values: Sequence[Any]) -> Any:
 
 
 def _mean(value: float, reach: float) -> str:
-    """Return a mean rounded no coarser than its interval."""
+    """Return a mean, to thousandths where its interval is below ten: tenths, as `cell` has them, would hide it."""
     return f"{value:.3f}" if reach < 10 <= abs(value) < 1e5 else cell(value)
 
 
