@@ -9,6 +9,7 @@ import torch
 
 import fewstep
 import fewstep.densities.distill as distilling
+from fewstep.bench.density_runs import Counted
 from fewstep.checkpoints import last_checkpoint
 from fewstep.core.noise import Streams
 from fewstep.core.schedule import Brownian
@@ -381,6 +382,15 @@ def test_other_students_train_too(method):
     del config["size"]["steep"]  # files of earlier versions do not have it
     again = MapSampler.restore(student.whitened, config, student.tensors())
     assert config["map"] == method.map and torch.equal(again.sample(64, 2).x, student.sample(64, 2).x)
+
+
+def test_preset_for_many_coordinates_is_wider_and_takes_no_exact_weights():
+    method = CDDS.preset("many", solver_steps=16, levels=8)
+    assert method.size.width > CDDS().size.width and not method.polish and not method.balance
+    target = Counted(Law(GAUSSIAN))
+    student = fewstep.distill(GAUSSIAN, method, target=target, train_steps=120, batch=256, ema=0.95, lr=5e-3)
+    assert target.calls == 0, "no log rho is taken in training"
+    assert student.sample(4096).ess > 0.5
 
 
 def test_averaged_target_lags_and_a_decay_of_zero_is_the_map_itself():

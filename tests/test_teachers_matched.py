@@ -12,6 +12,7 @@ import fewstep
 from fewstep.core.noise import Streams
 from fewstep.densities.base import load_density_sampler
 from fewstep.densities.draws import Draws
+from fewstep.densities.fit import options_for
 from fewstep.densities.mcmc.hamiltonian import Hamiltonian
 from fewstep.densities.mcmc.replica_exchange import ReplicaExchange
 from fewstep.densities.networks import NetConfig, gaussian_drift
@@ -222,8 +223,15 @@ def test_the_preset_for_narrow_parts_resolves_them():
         found[name] = draws.ess, float(apart[apart < 0.05].median()) / 0.003
     assert found["narrow"][0] > 2 * found["default"][0]
     assert found["narrow"][1] < 0.75 * found["default"][1], "exact: 1.18"
-    with pytest.raises(ValueError, match="no preset 'narrower'; it has narrow, modes"):
+    with pytest.raises(ValueError, match="no preset 'narrower'; it has narrow, modes, many"):
         Matched.preset("narrower")
+
+
+def test_wider_networks_are_trained_by_smaller_steps():
+    rates = {width: options_for(Matched(net=NetConfig(width=width))).lr for width in (32, 96, 192)}
+    assert rates[32] == rates[96] == 2 * rates[192] == options_for(Matched()).lr
+    assert options_for(Matched.preset("many")).lr < rates[96] == options_for(Matched.preset("narrow")).lr
+    assert options_for(Matched.preset("many"), lr=0.01).lr == 0.01
 
 
 def crooked(n=8192, **settings):

@@ -57,8 +57,8 @@ NOTES = (
     "laplace: the Gaussian that fits at the mode, which is one linear step. dis, matched: teachers, on grids of so many steps. "
     "matched-narrow, matched-modes: by its presets for narrow parts and for weights of modes. cdds, cdds-matched, cdds-modes: "
     "students of dis, matched and matched-modes by our recipe; cdds-narrow: of matched-narrow by the preset for narrow "
-    "parts; cdds-paper: a student of dis by the published one; cdds-exchange: the student of a mixture that was fitted to draws of "
-    "replica exchange.",
+    "parts; matched-many, cdds-many: by the presets for many coordinates with modes of their own; cdds-paper: a student of dis by "
+    "the published one; cdds-exchange: the student of a mixture that was fitted to draws of replica exchange.",
     "speed: processor time per sample in one run; iteration / calls: an iteration of training over the bare calls of its networks "
     "(with gradients where training takes them) and of the target.",
 )

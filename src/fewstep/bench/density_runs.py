@@ -268,11 +268,13 @@ METHODS: dict[str, Recipe] = {
     **{name: from_scratch(name) for name in ("dis", "lrds", "matched", "scds", "osds")},
     "matched-narrow": from_scratch("matched", "narrow"),
     "matched-modes": from_scratch("matched", "modes"),
+    "matched-many": from_scratch("matched", "many"),
     "cdds": student_of("dis"),
     "cdds-paper": student_of("dis", "paper"),
     "cdds-matched": student_of("matched"),
     "cdds-narrow": student_of("matched-narrow", "narrow"),
     "cdds-modes": student_of("matched-modes"),
+    "cdds-many": student_of("matched-many", "many"),
     "cdds-exchange": Recipe(from_exchange),
     "laplace": Recipe(lambda shop, target, _: laplace(target), steps=(1,)),
 }

@@ -71,7 +71,7 @@ def fit(  # noqa: PLR0913, PLR0917 - one parameter is one option
         str | None, typer.Option(help="kl, log_variance, trajectory_balance; the sampler's own if absent.")
     ] = None,
     preset: Annotated[
-        str | None, typer.Option(help="Named settings of the sampler: narrow or modes, of matched.")
+        str | None, typer.Option(help="Named settings of the sampler: narrow, modes or many, of matched.")
     ] = None,
     assign: Assign = None,
     train_steps: OwnSteps = None,
@@ -109,7 +109,9 @@ def distill(  # noqa: PLR0913, PLR0917 - one parameter is one option
     out: Out,
     teacher: Annotated[Path | None, typer.Option(help="Folder of the teacher, where TARGET is not it.")] = None,
     method: Annotated[str, typer.Option(help="A method of distillation, of `fewstep density samplers`.")] = "cdds",
-    preset: Annotated[str | None, typer.Option(help="Named settings of the method: narrow, paper, averaged.")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="Named settings of the method: narrow, many, paper, averaged.")
+    ] = None,
     assign: Assign = None,
     train_steps: Steps = 8000,
     batch: Batch = 1024,

@@ -114,7 +114,8 @@ class SelfConsistency(Objective):
 class CDDS(Presets):
     """How a student is distilled from a teacher.
 
-    The preset "narrow" is for targets some parts of which are much narrower than the whole, such as a funnel.
+    The preset "narrow" is for targets some parts of which are much narrower than the whole, such as a funnel; "many" is for tens of
+    coordinates with modes of their own, where exact weights are too dear to train on.
 
     Attributes:
         map: a name of `MAPS`: "scaled", "gated" (for what is narrow in places), "residual", "guided" (which sees the target's
@@ -182,6 +183,7 @@ class CDDS(Presets):
             "counts": (1, 4, 2, 4),
             "wide": 1.3,
         },
+        "many": {"size": MapConfig(256, steep=True), "rows": 32_768, "polish": 0, "balance": 0},
         "averaged": {
             "objective": SelfConsistency(huber=0.01, decay=0.95),
             "direct": 0.0,

@@ -31,12 +31,15 @@ class Teacher(Presets, ABC):
     Attributes:
         reference: the publication.
         default_loss: the loss that is used unless another is named.
-        training: fields of `FitOptions` by which it is trained unless others are given.
     """
 
     reference: ClassVar[Reference]
     default_loss: ClassVar[str] = "log_variance"
-    training: ClassVar[Mapping[str, Any]] = {}
+
+    @property
+    def training(self) -> Mapping[str, Any]:
+        """Fields of `FitOptions` by which it is trained unless others are given."""
+        return {}
 
     def prepared(self, whitened: Whitened, seed: int) -> tuple[Teacher, Whitened]:
         """Return the teacher with what it needs to know of a density before it is trained, and the coordinates to train in."""

@@ -34,6 +34,7 @@ from fewstep.densities.targets._mixture import Concentric
 from fewstep.densities.teachers._base import PathTeacher
 from fewstep.densities.whitened import Whitened
 
+_WIDTH = 96  # of the network, up to which the rate of training is that of the default
 _BEFORE = 8  # times as few draws say how coordinates are bent, before the others are drawn there
 _AGAIN = 4  # times as many draws, and steps of each, are weighted for a further training
 _TAIL = 0.5  # k-hat up to which weights have a variance: rare parts of the target are then not lost to chance
@@ -114,7 +115,8 @@ class Matched(PathTeacher):
     The draws find the modes; the weights of paths say what is wrong with the rest. Training then takes no calls of the target but
     one guide per item. Coordinates are those of the draws' mean, or median where tails are heavy, and spread. Where chains change
     modes too seldom to know their weights, the preset "modes" puts these right: a further training goes by draws of the sampler
-    that the first gave, picked by weight.
+    that the first gave, picked by weight. The preset "many" does so too, with a network for tens of coordinates that each have
+    modes of their own.
 
     Attributes:
         draws: how many, a multiple of `chains`.
@@ -140,7 +142,6 @@ class Matched(PathTeacher):
         "2402.08667",
     )
     default_loss = "matching"
-    training: ClassVar[Mapping[str, Any]] = {"train_steps": 8000, "batch": 512, "lr": 4e-3, "ema": 0.999}
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "narrow": {
             "grid": "angle_squared",
@@ -151,8 +152,9 @@ class Matched(PathTeacher):
             "bend": True,
         },
         "modes": {"rounds": 2},
+        "many": {"net": NetConfig(width=192, gated=True), "phases": 4, "draws": 65_536, "rounds": 2},
     }
-    net: NetConfig = field(default_factory=lambda: NetConfig(width=96))
+    net: NetConfig = field(default_factory=lambda: NetConfig(width=_WIDTH))
     draws: int = 16_384
     levels: int = 8
     chains: int = 64
@@ -169,6 +171,11 @@ class Matched(PathTeacher):
         if self.phases < 1 or (self.phases > 1 and not isinstance(self.grid, str)):
             raise ValueError(f"phases must be 1, or more of a grid that has a name, got {self.phases}")
         super().__post_init__()
+
+    @property
+    def training(self) -> Mapping[str, Any]:
+        """See `Teacher`: the wider the network, the smaller its steps."""
+        return {"train_steps": 8000, "batch": 512, "lr": 4e-3 * min(1.0, _WIDTH / self.net.width), "ema": 0.999}
 
     def prepared(self, whitened: Whitened, seed: int) -> tuple[Matched, Whitened]:
         """See `Teacher`: the draws, and coordinates in which they have mean 0 and deviation 1."""
