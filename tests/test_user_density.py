@@ -408,6 +408,16 @@ def test_box_maps():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_box_ends_with_the_numbers_next_to_its_ends(dtype):
+    powers = 2.0 ** torch.arange(-40, 40, dtype=dtype)
+    ends = torch.cat([powers, torch.nextafter(powers, 0 * powers), 1.7 * powers])
+    ends = torch.cat([ends, -ends])
+    far = torch.full_like(ends, torch.finfo(dtype).max / 4)[None]
+    for support, u, beyond in (((ends, math.inf), -far, math.inf), ((-math.inf, ends), far, -math.inf)):
+        assert torch.equal(to_box(u, support)[0], torch.nextafter(ends, torch.full_like(ends, beyond)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_box_is_mapped_to_its_last_numbers(dtype):
     """Near the lower end, which is zero, every number has its u; near the upper one those that are told apart from it."""
     u = torch.tensor(

@@ -88,7 +88,10 @@ def _sides(x: Tensor, support: Support) -> tuple[Tensor, Tensor, Tensor, Tensor,
 def _ends(low: Tensor, high: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
     """Return the first and the last number inside, (d,) each."""
     margin = 1e-30 * width  # at zero, the next number would have no finite inverse
-    floor, roof = torch.nextafter(low, high), torch.nextafter(high, low)
+    numbers = torch.finfo(low.dtype)
+    # between half a step and one and a half of the numbers on either side, which rounds to one: torch.nextafter cannot be exported
+    first, last = (end.clamp(numbers.min, numbers.max) for end in (low, high))
+    floor, roof = (end + sign * 0.6 * numbers.eps * end.abs() for end, sign in ((first, 1), (last, -1)))
     return torch.maximum(floor, low + margin), torch.minimum(roof, high - margin)
 
 
