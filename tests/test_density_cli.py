@@ -443,12 +443,16 @@ def test_the_line_of_a_card_makes_the_same_density(tmp_path, monkeypatch):
     body = "import math\nfrom fewstep.densities.targets.funnel import Funnel\nfrom dataclasses import dataclass\n"
     body += "def fall(x):\n    return -x.sum(-1)\ndef slope(x):\n    return 0 * x - 1\n"
     body += "@dataclass(frozen=True)\nclass Mine(Funnel):\n    pass\nready = Mine(dim=4)\n"
+    body += (
+        "class Bell:\n    dim = 3\n    def __call__(self, x):\n        return -0.5 * (x**2).sum(-1)\nbell = Bell()\n"
+    )
     own(tmp_path, body, "cards.py")
     for word, given in (
         ("cards:fall", {"dim": "2", "low": "0", "score": "slope", "log-z": "1.5"}),
         ("cards:fall", {"dim": "2", "low": "0", "high": "1"}),
         ("cards:Mine", {"dim": "3"}),
         ("cards:ready", {}),
+        ("cards:bell", {}),
         ("funnel", {"dim": "5"}),
     ):
         found = find(word, given)

@@ -293,6 +293,23 @@ def test_dim_is_asked_for_and_a_wrong_score_is_found():
         as_target(lambda x: -0.5 * x.square().sum(-1), 3, score=lambda x: -2 * x)
 
 
+class Bell:
+    def __init__(self, dim):
+        self.dim = dim
+
+    def __call__(self, x):
+        return -0.5 * x.square().sum(-1)
+
+
+def test_a_callable_that_has_its_dim_needs_not_be_told_it():
+    assert as_target(Bell(3)).dim == 3
+    assert as_target(Bell(3), 2).dim == 2  # what is given counts
+    with pytest.raises(TypeError, match="needs dim"):
+        as_target(Bell("three"))
+    with pytest.raises(ValueError, match="at least 1"):
+        as_target(Bell(0))
+
+
 def test_proper_ones_pass():
     for function in (
         lambda x: -torch.log1p(x.square()).sum(-1),  # Cauchy

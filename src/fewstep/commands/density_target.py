@@ -19,7 +19,7 @@ from typing import Any
 from fewstep.core.density import TargetDensity
 from fewstep.core.names import suggestion
 from fewstep.densities.targets import available_targets, target, target_class
-from fewstep.densities.user import as_target
+from fewstep.densities.user import as_target, own_dim
 from fewstep.options import typed_fields
 
 RUN = "run.json"  # what a folder was trained for
@@ -135,9 +135,10 @@ def _of_path(word: str, given: Mapping[str, str], options: Collection[str]) -> N
         return Named(found, attribute, record, f"target = {attribute}  # {record['path']}")
     if not callable(found):
         raise ValueError(f"{word} is no function, but of type {type(found).__name__}")
-    if own.dim is None:
+    if own.dim is None and own_dim(found) is None:
         raise ValueError(f"{word} is a function, which does not say its number of coordinates: give --dim")
-    made = f"target = fewstep.densities.user.as_target({attribute}, {_arguments(_settings(own))})  # {record['path']}"
+    arguments = ", ".join(filter(None, (attribute, _arguments(_settings(own)))))
+    made = f"target = fewstep.densities.user.as_target({arguments})  # {record['path']}"
     return Named(_density(found, own, module, place), attribute, record, made)
 
 

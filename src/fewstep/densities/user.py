@@ -130,7 +130,7 @@ def as_target(
 
     Args:
         log_prob: any torch callable, (N, d) -> (N,) or (d,) -> (); which of the two is found out by trying.
-        dim: d; needed for a callable.
+        dim: d; needed for a callable that has no integer `dim` of its own.
         score: its gradient, (N, d) -> (N, d) or (d,) -> (d,), where autograd should not be used; of numpy arrays too.
         support: (low, high), each a number or (d,), infinite or None where there is no bound. All lower ends come first: of two
             coordinates in [0, 1] and [5, 6] it is ((0, 5), (1, 6)), and a pair for each coordinate would be read as another box.
@@ -151,7 +151,7 @@ def as_target(
             raise ValueError("a TargetDensity has its own score, support and log_z: give none beside it")
         return log_prob
     _check_callable(log_prob)
-    if dim is None:
+    if (dim := own_dim(log_prob) if dim is None else dim) is None:
         raise TypeError("a log_prob that is a plain callable needs dim, the number of coordinates")
     check_counts(SimpleNamespace(dim=dim), "dim")
     box = None if support is None else _box(support, dim)
@@ -170,6 +170,12 @@ def as_target(
             check_gradient(target, x)
             check_proper(target)
     return dataclasses.replace(target, tally=Tally())
+
+
+def own_dim(log_prob: Function) -> int | None:
+    """Return the number of coordinates that a callable has as its `dim`, or None where it says none."""
+    dim = getattr(log_prob, "dim", None)  # a tensor's is a method
+    return dim if isinstance(dim, int) and not isinstance(dim, bool) else None
 
 
 def probes(dim: int, support: Support | None = None) -> Tensor:
